@@ -1,0 +1,181 @@
+r"""The losses, one formula each. Tensors in, (B,) unreduced losses out; the caller writes `.mean()`.
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pdpo.preferences import plackett_luce_logps
+
+
+class PairLoss(NamedTuple):
+    """What a pairwise loss returns; every field is (B,).
+
+    losses: nats, unreduced; carries the gradient.
+    chosen_rewards, rejected_rewards: implicit rewards beta * (policy_logps - reference_logps), detached.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+    @property
+    def margins(self) -> Tensor:
+        """(B,) measured margin chosen_rewards - rejected_rewards; the pair is ranked correctly where it is > 0."""
+        return self.chosen_rewards - self.rejected_rewards
+
+
+def sft_loss(policy_logps: Tensor) -> Tensor:
+    r"""Negative log-likelihood of each demonstrated response.
+
+    .. math:: \mathcal{L}_\text{SFT} = -\log \pi_\theta(y \mid x)
+
+    Args:
+        policy_logps: (B,) nats, the sum over response tokens (`sequence_logps`); carries the gradient.
+    Returns:
+        (B,) nats a response. Divide a batch's sum by its number of response tokens for the usual mean per token.
+    """
+    return -policy_logps
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+    offset: float | Tensor = 0.0,
+    label_smoothing: float = 0.0,
+) -> PairLoss:
+    r"""DPO, and with an offset ODPO: the pair should be ranked right, by more than the offset.
+
+    .. math:: \mathcal{L} = -(1 - \epsilon) \log \sigma(m - \Delta) - \epsilon \log \sigma(\Delta - m), \qquad
+              m = \beta \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
+                            - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} \Big)
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
+        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants, computed without a gradient.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+        offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
+        label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
+    Returns:
+        PairLoss. With policy == reference and no offset every loss is log 2.
+    Raises:
+        ValueError: shapes that differ, beta <= 0, an offset that is neither scalar nor (B,), label_smoothing out of range.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
+        label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
+    """
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    shape = policy_chosen_logps.shape
+    if len(shape) != 1 or any(each.shape != shape for each in logps):
+        raise ValueError(
+            f"dpo_loss: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
+            "Sum the token log-probabilities of each response first (sequence_logps)."
+        )
+    _check_beta("dpo_loss", beta)
+    if isinstance(offset, Tensor) and offset.shape not in ((), shape):
+        raise ValueError(
+            f"dpo_loss: expected offset to be a number or of shape {tuple(shape)}, got {tuple(offset.shape)}. "
+            "Pass one offset per pair (score_offset)."
+        )
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. "
+            "At 0.5 the labels carry no information; above it they are reversed."
+        )
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # (B,)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)  # (B,)
+    logits = chosen_rewards - rejected_rewards - offset  # (B,)
+    losses = -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def score_offset(
+    chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float = 1.0, scale: str = "log"
+) -> Tensor:
+    r"""The margin that ODPO demands of a pair, from how much better the chosen response scored.
+
+    .. math:: \Delta = \alpha \, f(s_w, s_l), \qquad
+              f = \log(s_w - s_l) \;|\; s_w - s_l \;|\; \log s_w - \log s_l
+
+    The rule where the logarithm of the difference does not exist: a tie, or a pair labelled against its scores,
+    gets offset 0 under scale "log", which is plain DPO. (A clamp such as log(1e-6) = -13.8 would silence
+    exactly the mislabelled pairs, a leak of the clean scores into the training.) The other two scales are signed and
+    defined for such pairs. A difference below 1 has a negative log offset: less than a correct order is demanded.
+
+    Args:
+        chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
+        alpha: strength >= 0; 0 is DPO.
+        scale: "log" (the paper's choice), "identity" or "log_ratio".
+    Returns:
+        (B,) in units of the implicit reward; finite; no gradient.
+    Raises:
+        ValueError: shapes that differ, non-finite scores, alpha < 0, an unknown scale, scores <= 0 under "log_ratio".
+    Source:
+        Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
+    """
+    if chosen_scores.shape != rejected_scores.shape:
+        raise ValueError(
+            f"score_offset: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
+            f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
+        )
+    if alpha < 0:
+        raise ValueError(f"score_offset: expected alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors.")
+    chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
+    bad = (~(chosen.isfinite() & rejected.isfinite())).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"score_offset: rows {bad} have scores that are not finite. Drop or mend these pairs.")
+    difference = chosen - rejected  # (B,)
+    if scale == "identity":
+        return alpha * difference
+    if scale == "log":
+        return alpha * torch.where(difference > 0, difference, 1.0).log()
+    if scale == "log_ratio":
+        negative = ((chosen <= 0) | (rejected <= 0)).nonzero().flatten().tolist()
+        if negative:
+            raise ValueError(
+                f"score_offset: scale='log_ratio' expected scores > 0, got rows {negative} with scores <= 0. "
+                "Shift the scores, or use scale='log' or 'identity'."
+            )
+        return alpha * (chosen.log() - rejected.log())
+    raise ValueError(f"score_offset: expected scale 'log', 'identity' or 'log_ratio', got {scale!r}. Pass one of the three.")
+
+
+def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
+    r"""DPO for a whole ranking of K responses.
+
+    .. math:: \mathcal{L} = -\sum_{k=1}^{K} \log \frac{\exp \hat r_k}{\sum_{j \ge k} \exp \hat r_j}, \qquad
+              \hat r_k = \beta \log \frac{\pi_\theta(y_k|x)}{\pi_\text{ref}(y_k|x)}
+
+    Args:
+        policy_logps: (B, K) nats, best first; sums over each response; carries the gradient.
+        reference_logps: (B, K) nats; constants.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns:
+        (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
+    Raises:
+        ValueError: shapes that differ or are not (B, K), K < 2, beta <= 0.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 20.
+    """
+    if policy_logps.ndim != 2 or policy_logps.shape != reference_logps.shape:
+        raise ValueError(
+            f"plackett_luce_loss: expected two (B, K) tensors, got {tuple(policy_logps.shape)} and "
+            f"{tuple(reference_logps.shape)}. Put the K responses of a prompt in one row, best first."
+        )
+    _check_beta("plackett_luce_loss", beta)
+    return -plackett_luce_logps(beta * (policy_logps - reference_logps))
+
+
+def _check_beta(function: str, beta: float) -> None:
+    if not beta > 0:
+        raise ValueError(
+            f"{function}: expected beta > 0, got {beta}. beta: KL strength; a larger beta keeps the policy closer to the reference."
+        )
