@@ -97,9 +97,7 @@ def dpo_loss(
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
-def score_offset(
-    chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float = 1.0, scale: str = "log"
-) -> Tensor:
+def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float = 1.0, scale: str = "log") -> Tensor:
     r"""The margin that ODPO demands of a pair, from how much better the chosen response scored.
 
     .. math:: \Delta = \alpha \, f(s_w, s_l), \qquad
@@ -177,5 +175,6 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
 def _check_beta(function: str, beta: float) -> None:
     if not beta > 0:
         raise ValueError(
-            f"{function}: expected beta > 0, got {beta}. beta: KL strength; a larger beta keeps the policy closer to the reference."
+            f"{function}: expected beta > 0, got {beta}. "
+            "beta: KL strength; a larger beta keeps the policy closer to the reference."
         )
