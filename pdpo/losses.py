@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pdpo.preferences import plackett_luce_logps
+from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
 
 class PairLoss(NamedTuple):
@@ -172,9 +172,131 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
     return -plackett_luce_logps(beta * (policy_logps - reference_logps))
 
 
+def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    r"""Negative log-likelihood of the labels under Bradley-Terry, for training a reward model.
+
+    .. math:: \mathcal{L}_R = -\log \sigma\big( r_\phi(x, y_w) - r_\phi(x, y_l) \big)
+
+    Args:
+        chosen_scores, rejected_scores: (B,) float; the reward model's outputs; carry the gradient.
+    Returns:
+        (B,) nats. Equal scores give log 2; a constant added to both scores of a pair changes nothing.
+    Raises:
+        ValueError: shapes that differ.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 2.
+    """
+    return -bradley_terry_logps(chosen_scores, rejected_scores)
+
+
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> PairLoss:
+    r"""IPO: the difference of log-ratios is regressed on 1 / (2 beta), so that a pair can be ranked too well.
+
+    .. math:: \mathcal{L}_\text{IPO} = \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
+              - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} - \frac{1}{2 \beta} \Big)^2
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
+        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
+    Returns:
+        PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
+    Raises:
+        ValueError: shapes that differ, beta <= 0.
+    Source:
+        Azar 2023, arXiv:2310.12036, Eq. 17.
+    """
+    _check_pairs("ipo_loss", policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_beta("ipo_loss", beta)
+    chosen = policy_chosen_logps - reference_chosen_logps  # (B,)
+    rejected = policy_rejected_logps - reference_rejected_logps  # (B,)
+    losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
+    r"""PPO's clipped surrogate, negated: no gain from moving a probability further than the clip in the good direction.
+
+    .. math:: \mathcal{L} = -\min\big( \rho A, \; \text{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A \big), \qquad
+              \rho = \frac{\pi_\theta(y|x)}{\pi_\text{old}(y|x)}
+
+    Args:
+        policy_logps: (...) nats, of tokens or of whole responses; carries the gradient.
+        old_logps: (...) nats, under the policy that drew the samples; constants.
+        advantages: (...) how much better than expected each sample was; constants.
+        clip: epsilon, > 0; 0.2 in the paper.
+    Returns:
+        (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
+    Raises:
+        ValueError: shapes that differ, clip <= 0.
+    Source:
+        Schulman 2017, arXiv:1707.06347, Eq. 7.
+    """
+    if not policy_logps.shape == old_logps.shape == advantages.shape:
+        raise ValueError(
+            f"ppo_loss: expected three tensors of one shape, got {tuple(policy_logps.shape)}, {tuple(old_logps.shape)} and "
+            f"{tuple(advantages.shape)}. Pass one log-probability and one advantage per sample."
+        )
+    if not clip > 0:
+        raise ValueError(f"ppo_loss: expected clip > 0, got {clip}. At 0 nothing may move; the paper uses 0.2.")
+    ratio = (policy_logps - old_logps.detach()).exp()
+    advantages = advantages.detach()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    r"""Generalised advantage estimates for responses that end: the value after the last token is 0.
+
+    .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \qquad
+              \delta_t = r_t + \gamma V_{t+1} - V_t
+
+    Args:
+        rewards: (B, T) reward of each token; zeros after the end of a shorter response.
+        values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
+        gamma: discount in [0, 1]; 1 is usual for text.
+        lam: in [0, 1]; 0 trusts the values (biased), 1 trusts the samples (variance).
+    Returns:
+        (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
+    Raises:
+        ValueError: shapes that are not one (B, T); gamma or lam outside [0, 1].
+    Source:
+        Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end.
+    """
+    if rewards.ndim != 2 or rewards.shape != values.shape:
+        raise ValueError(
+            f"gae: expected rewards and values of one shape (B, T), got {tuple(rewards.shape)} and {tuple(values.shape)}. "
+            "Pass one reward and one value per token."
+        )
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gae: expected gamma and lam in [0, 1], got {gamma} and {lam}. gamma=1, lam=0.95 is usual.")
+    rewards, values = rewards.detach(), values.detach()
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # (B, T)
+    deltas = rewards + gamma * next_values - values
+    running, advantages = torch.zeros_like(deltas[:, 0]), torch.empty_like(deltas)
+    for step in reversed(range(deltas.shape[1])):
+        running = deltas[:, step] + gamma * lam * running
+        advantages[:, step] = running
+    return advantages
+
+
 def _check_beta(function: str, beta: float) -> None:
     if not beta > 0:
         raise ValueError(
             f"{function}: expected beta > 0, got {beta}. "
             "beta: KL strength; a larger beta keeps the policy closer to the reference."
+        )
+
+
+def _check_pairs(function: str, *logps: Tensor) -> None:
+    if logps[0].ndim != 1 or any(each.shape != logps[0].shape for each in logps):
+        raise ValueError(
+            f"{function}: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
+            "Sum the token log-probabilities of each response first (sequence_logps)."
         )

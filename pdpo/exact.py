@@ -1,0 +1,254 @@
+r"""A lab in which every response is enumerated, so that expectations are sums and nothing is estimated.
+
+With 4 symbols and length 4 there are 4^4 = 256 responses: the partition function, the optimum and the KL divergence, which
+a language model can only sample, are exact here. Use float64. All log-probabilities are in nats, over the last dimension.
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+def optimal_policy_logps(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Tensor:
+    r"""Log-probabilities of the policy that maximises `rlhf_objective`.
+
+    .. math:: \pi^*(y) = \frac{1}{Z} \pi_\text{ref}(y) \exp\Big(\frac{r(y)}{\beta}\Big)
+
+    Args:
+        reference_logps: (..., N) nats, normalised.
+        scores: (..., N) external scores r; a constant added to a row changes nothing.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns:
+        (..., N) nats, normalised.
+    Raises:
+        ValueError: beta <= 0, last dimensions that differ, or reference_logps that are not normalised.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 4.
+    """
+    _check("optimal_policy_logps", reference_logps, scores, beta=beta, normalised=[reference_logps])
+    return (reference_logps + scores / beta).log_softmax(-1)
+
+
+def log_partition(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Tensor:
+    r"""Log of the constant that normalises the optimum; beta times it is the largest value of `rlhf_objective`.
+
+    .. math:: \log Z = \log \sum_y \pi_\text{ref}(y) \exp\Big(\frac{r(y)}{\beta}\Big)
+
+    Args:
+        reference_logps: (..., N) nats, normalised.
+        scores: (..., N) external scores r.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns:
+        (...) nats.
+    Raises:
+        ValueError: beta <= 0, last dimensions that differ, or reference_logps that are not normalised.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 4 (the Z(x) in it).
+    """
+    _check("log_partition", reference_logps, scores, beta=beta, normalised=[reference_logps])
+    return (reference_logps + scores / beta).logsumexp(-1)
+
+
+def kl_divergence(p_logps: Tensor, q_logps: Tensor) -> Tensor:
+    r"""KL divergence of p from q, by summing over every response.
+
+    .. math:: \text{KL}(p \,\|\, q) = \sum_y p(y) \big( \log p(y) - \log q(y) \big)
+
+    Args:
+        p_logps: (..., N) nats, normalised; -inf where p is zero, which adds nothing to the sum.
+        q_logps: (..., N) nats, normalised.
+    Returns:
+        (...) nats, >= 0 up to rounding; inf where p has mass and q has none.
+    Raises:
+        ValueError: last dimensions that differ, or log-probabilities that are not normalised.
+    """
+    _check("kl_divergence", p_logps, q_logps, normalised=[p_logps, q_logps])
+    log_ratio = (p_logps - q_logps).masked_fill(p_logps == -torch.inf, 0.0)  # 0 log 0 is 0, not nan
+    return (p_logps.exp() * log_ratio).sum(-1)
+
+
+def rlhf_objective(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor, *, beta: float) -> Tensor:
+    r"""What KL-constrained reward maximisation maximises.
+
+    .. math:: J(\pi) = \mathbb{E}_{y \sim \pi}[r(y)] - \beta \, \text{KL}(\pi \,\|\, \pi_\text{ref})
+
+    Args:
+        policy_logps: (..., N) nats, normalised; carries the gradient.
+        reference_logps: (..., N) nats, normalised.
+        scores: (..., N) external scores r.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns:
+        (...) in units of the scores; to be maximised; at most beta * `log_partition`.
+    Raises:
+        ValueError: beta <= 0, last dimensions that differ, or log-probabilities that are not normalised.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 3, for one prompt.
+    """
+    both = [policy_logps, reference_logps]
+    _check("rlhf_objective", policy_logps, reference_logps, scores, beta=beta, normalised=both)
+    return (policy_logps.exp() * scores).sum(-1) - beta * kl_divergence(policy_logps, reference_logps)
+
+
+def implicit_scores(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
+    r"""The scores for which this policy is the optimum, up to a constant.
+
+    .. math:: \hat r(y) = \beta \log \frac{\pi(y)}{\pi_\text{ref}(y)} = r(y) - \beta \log Z \quad \text{where } \pi = \pi^*
+
+    Args:
+        policy_logps: (..., N) nats; carries the gradient. Any subset of the responses will do.
+        reference_logps: (..., N) nats.
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns:
+        (..., N) in units of the scores.
+    Raises:
+        ValueError: beta <= 0, or last dimensions that differ.
+    Source:
+        Rafailov 2023, arXiv:2305.18290, Eq. 5.
+    """
+    _check("implicit_scores", policy_logps, reference_logps, beta=beta)
+    return beta * (policy_logps - reference_logps)
+
+
+def all_responses(num_symbols: int, length: int) -> Tensor:
+    """Every response of `length` symbols, in the order of counting.
+
+    Args:
+        num_symbols: symbols are 0 .. num_symbols - 1.
+        length: symbols in a response.
+    Returns:
+        (num_symbols ** length, length) int64.
+    Raises:
+        ValueError: fewer than 2 symbols, length < 1, or more than 10,000 responses.
+    """
+    if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
+        raise ValueError(
+            f"all_responses: expected num_symbols >= 2, length >= 1 and at most 10,000 responses, got {num_symbols} and "
+            f"{length}. The lab enumerates everything; 4 and 4 give 256 responses."
+        )
+    return torch.cartesian_prod(*[torch.arange(num_symbols)] * length).view(-1, length)
+
+
+class Lab(NamedTuple):
+    """One prompt and everything that can be said to it: responses (N, length), reference_logps (N,), scores (N,)."""
+
+    responses: Tensor
+    reference_logps: Tensor
+    scores: Tensor
+
+
+def make_lab(num_symbols: int = 4, length: int = 4, *, seed: int = 0) -> Lab:
+    """A `Lab` with a random reference (standard normal logits) and random scores (standard normal), float64.
+
+    Raises:
+        ValueError: sizes that `all_responses` refuses.
+    """
+    responses = all_responses(num_symbols, length)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(2, len(responses), generator=generator, dtype=torch.float64)
+    return Lab(responses, draws[0].log_softmax(-1), draws[1])
+
+
+class TabularPolicy(nn.Module):
+    """A policy with one logit per response: it can represent every distribution, and learns nothing about unseen ones."""
+
+    def __init__(self, initial_logps: Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(initial_logps.detach().clone())
+
+    def forward(self) -> Tensor:
+        """(..., N) nats, normalised."""
+        return self.logits.log_softmax(-1)
+
+
+class SharedWeightPolicy(nn.Module):
+    """A tiny autoregressive network: like a language model, it cannot change one response without changing others.
+
+    A two-layer perceptron reads the symbols so far and predicts the next one; all positions share it.
+
+    Args:
+        responses: (N, length) int64, every response (`all_responses`).
+        width: hidden units.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, responses: Tensor, *, width: int = 16, seed: int = 0):
+        super().__init__()
+        num_symbols, (num_responses, length) = int(responses.max()) + 1, responses.shape
+        seen = torch.ones(length, length, dtype=torch.bool).tril(-1)  # row t: the symbols before t
+        one_hot = nn.functional.one_hot(responses, num_symbols).double()  # (N, length, V)
+        prefixes = one_hot[:, None] * seen[None, :, :, None]  # (N, t, length, V)
+        self.register_buffer("responses", responses)
+        self.register_buffer("prefixes", prefixes.view(num_responses, length, -1))
+        generator = torch.Generator().manual_seed(seed)
+        inputs = self.prefixes.shape[-1]
+
+        def draw(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+        self.hidden, self.bias = draw(inputs, width), draw(width)
+        self.output = nn.Parameter(draw(width, num_symbols).detach() / width**0.5)
+
+    def forward(self) -> Tensor:
+        """(N,) nats, normalised: the chain rule over the symbols of each response."""
+        logits = torch.tanh(self.prefixes @ self.hidden + self.bias) @ self.output  # (N, length, V)
+        return logits.log_softmax(-1).gather(2, self.responses[..., None]).squeeze(2).sum(1)  # (N,)
+
+
+def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_steps: int = 500) -> list[float]:
+    """Minimises a deterministic scalar loss in place with L-BFGS, until its gradient vanishes or `num_steps` are done.
+
+    Args:
+        loss: called without arguments; a scalar that carries the gradient.
+        parameters: what to change; float64, or the last digits are lost.
+        num_steps: most L-BFGS iterations.
+    Returns:
+        The loss at every evaluation, first to last.
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"minimise: expected num_steps >= 1, got {num_steps}. 500 is enough for the lab's losses.")
+    optimizer = torch.optim.LBFGS(
+        list(parameters),
+        max_iter=num_steps,
+        max_eval=2 * num_steps,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    history: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        history.append(float(value.detach()))
+        return value
+
+    optimizer.step(closure)
+    return history
+
+
+def _check(function: str, *tensors: Tensor, beta: float = 1.0, normalised: Iterable[Tensor] = ()) -> None:
+    if not beta > 0:
+        raise ValueError(
+            f"{function}: expected beta > 0, got {beta}. "
+            "beta: KL strength; a larger beta keeps the policy closer to the reference."
+        )
+    if any(each.ndim == 0 for each in tensors) or len({each.shape[-1] for each in tensors}) > 1:
+        raise ValueError(
+            f"{function}: expected tensors (..., N) over the same N responses, got {[tuple(each.shape) for each in tensors]}. "
+            "Put the responses in the last dimension."
+        )
+    for logps in normalised:
+        worst = logps.detach().logsumexp(-1).abs().max().item()
+        if not worst < 1e-3:  # loose enough for float32; logits or raw scores are far off
+            raise ValueError(
+                f"{function}: expected log-probabilities that sum to 1, got a log-sum of {worst:.4g}. "
+                "Apply log_softmax over all responses first."
+            )
