@@ -23,7 +23,9 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
             f"{tuple(input_ids.shape)}. Pass both unshifted; the shift happens here."
         )
     if input_ids.shape[1] < 2:
-        raise ValueError("token_logps: expected at least 2 tokens a row, got 1. The first token is never predicted.")
+        raise ValueError(
+            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first token is never predicted."
+        )
     # float32 whatever the autocast: bf16 keeps 8 bits, too few for a difference of sums of log-probabilities
     log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
     return log_probs.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (B, T-1)
@@ -44,7 +46,8 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, response_mask: Tensor) -> 
     Returns:
         (B,) float32 nats, <= 0.
     Raises:
-        ValueError: a mask that is not bool or has another shape, scores a first token, or leaves a row nothing to score.
+        ValueError: input_ids that are not (B, T); a mask that is not bool or has another shape, scores a first token, or
+            leaves a row nothing to score.
     Source:
         Rafailov 2023, arXiv:2305.18290, Appendix B.
     """
@@ -55,6 +58,8 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, response_mask: Tensor) -> 
 
 def check_response_mask(input_ids: Tensor, response_mask: Tensor) -> None:
     """Raises ValueError unless response_mask is a (B, T) bool mask with a scored token, after the first, in every row."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"sequence_logps: expected input_ids (B, T), got {tuple(input_ids.shape)}. Add the batch dimension.")
     if response_mask.dtype != torch.bool or response_mask.shape != input_ids.shape:
         raise ValueError(
             f"sequence_logps: expected response_mask bool of shape {tuple(input_ids.shape)}, got {response_mask.dtype} "

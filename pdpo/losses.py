@@ -67,7 +67,8 @@ def dpo_loss(
     Returns:
         PairLoss. With policy == reference and no offset every loss is log 2.
     Raises:
-        ValueError: shapes that differ, beta <= 0, an offset that is neither scalar nor (B,), label_smoothing out of range.
+        ValueError: shapes that differ, beta <= 0 or not finite, an offset that is neither scalar nor (B,),
+            label_smoothing out of range.
     Source:
         Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
@@ -115,7 +116,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     Returns:
         (B,) in units of the implicit reward; finite; no gradient.
     Raises:
-        ValueError: shapes that differ, non-finite scores, alpha < 0, an unknown scale, scores <= 0 under "log_ratio".
+        ValueError: shapes that differ, non-finite scores, alpha < 0 or not finite, an unknown scale,
+            scores <= 0 under "log_ratio".
     Source:
         Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
     """
@@ -124,8 +126,10 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
             f"score_offset: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
             f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
         )
-    if alpha < 0:
-        raise ValueError(f"score_offset: expected alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors.")
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(
+            f"score_offset: expected finite alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors."
+        )
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
     bad = (~(chosen.isfinite() & rejected.isfinite())).nonzero().flatten().tolist()
     if bad:
@@ -159,7 +163,7 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
     Returns:
         (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
     Raises:
-        ValueError: shapes that differ or are not (B, K), K < 2, beta <= 0.
+        ValueError: shapes that differ or are not (B, K), K < 2, beta <= 0 or not finite.
     Source:
         Rafailov 2023, arXiv:2305.18290, Eq. 20.
     """
@@ -287,9 +291,9 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
 
 
 def _check_beta(function: str, beta: float) -> None:
-    if not beta > 0:
+    if not 0 < beta < float("inf"):
         raise ValueError(
-            f"{function}: expected beta > 0, got {beta}. "
+            f"{function}: expected finite beta > 0, got {beta}. "
             "beta: KL strength; a larger beta keeps the policy closer to the reference."
         )
 

@@ -22,7 +22,7 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
     Returns:
         (B,) nats, <= 0.
     Raises:
-        ValueError: the two score tensors differ in shape.
+        ValueError: the two score tensors differ in shape; an offset that is neither scalar nor of their shape.
     Source:
         Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2.
     """
@@ -30,6 +30,11 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
         raise ValueError(
             f"bradley_terry_logps: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
             f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
+        )
+    if isinstance(offset, Tensor) and offset.shape not in ((), chosen_scores.shape):
+        raise ValueError(
+            f"bradley_terry_logps: expected offset to be a number or of shape {tuple(chosen_scores.shape)}, got "
+            f"{tuple(offset.shape)}. Pass one offset per pair."
         )
     return logsigmoid(chosen_scores - rejected_scores - offset)
 
