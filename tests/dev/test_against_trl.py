@@ -1,0 +1,115 @@
+"""sequence_logps and dpo_loss against TRL's DPOTrainer, on one batch of two small random GPT-2s. Written for trl 1.16.0.
+
+TRL is no dependency of pdpo: in another environment, `pip install torch==2.13.0 trl==1.16.0 pytest`, then
+`PYTHONPATH=. python -m pytest tests/dev/test_against_trl.py -s`.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed; the first lines of this file say how to run it")
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from pdpo.logps import sequence_logps
+from pdpo.losses import dpo_loss
+
+WORDS = ["<eos>", *"the capital of France is Paris Rome opposite hot cold tea very a big".split()]
+PAIRS = [
+    {"prompt": "the capital of France is", "chosen": " Paris", "rejected": " Rome a big Rome"},
+    {"prompt": "the opposite of hot is", "chosen": " very cold tea", "rejected": " tea"},
+    {"prompt": "a big", "chosen": " hot tea", "rejected": " France is hot"},
+]
+
+
+def random_gpt2(seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def trl_trainer(tmp_path, **config) -> DPOTrainer:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1, max_steps=1,
+        per_device_train_batch_size=3, learning_rate=1e-3, max_grad_norm=1e9, gradient_checkpointing=False, **config,
+    )  # fmt: skip
+    return DPOTrainer(
+        random_gpt2(0),
+        ref_model=random_gpt2(1),
+        args=arguments,
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+
+
+def ours(policy, reference, pairs, **arguments):
+    """The same batch without TRL: words to ids, EOS appended, EOS as padding, both responses through both models."""
+    rows = [(p["prompt"].split(), p[side].split() + ["<eos>"]) for side in ("chosen", "rejected") for p in pairs]
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        ids[i, : lengths[i]] = torch.tensor([WORDS.index(word) for word in prompt + response])
+        mask[i, len(prompt) : lengths[i]] = True
+    real = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    policy_logps = sequence_logps(policy(ids, attention_mask=real).logits, ids, mask)
+    with torch.no_grad():
+        reference_logps = sequence_logps(reference(ids, attention_mask=real).logits, ids, mask)
+    return policy_logps, dpo_loss(*policy_logps.chunk(2), *reference_logps.chunk(2), **arguments)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_first_step_that_trl_logs_has_our_loss_rewards_logps_and_gradient_norm(tmp_path, beta):
+    trainer = trl_trainer(tmp_path, beta=beta)
+    policy, reference = random_gpt2(0), random_gpt2(1)
+    logps, result = ours(policy, reference, PAIRS, beta=beta)
+    result.losses.mean().backward()
+    mine = {
+        "loss": result.losses.mean(),
+        "rewards/chosen": result.chosen_rewards.mean(),
+        "rewards/rejected": result.rejected_rewards.mean(),
+        "rewards/margins": result.margins.mean(),
+        "rewards/accuracies": (result.margins > 0).float().mean(),
+        "logps/chosen": logps[:3].mean(),
+        "logps/rejected": logps[3:].mean(),
+        "grad_norm": torch.stack([p.grad.norm() for p in policy.parameters()]).norm(),
+    }
+    trainer.train()
+    theirs = trainer.state.log_history[0]
+    for name, value in mine.items():
+        print(f"beta {beta} {name:20} trl {theirs[name]:.7f} pdpo {value.item():.7f}")
+        assert value.item() == pytest.approx(float(theirs[name]), rel=2e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("loss_type, label_smoothing", [("sigmoid", 0.0), ("aot", 0.1), ("aot", 0.4), ("robust", 0.2)])
+def test_each_pair_has_trls_loss_and_gradient(tmp_path, row, loss_type, label_smoothing):
+    # TRL 1.16 has label smoothing as such in "aot" only, which on one pair has nothing to sort: our dpo_loss. "robust" is
+    # ((1 - e) L(pair) - e L(flipped pair)) / (1 - 2 e), and L(flipped) = L(pair) + margin.
+    trainer = trl_trainer(tmp_path, beta=0.3, loss_type=loss_type, label_smoothing=label_smoothing)
+    inputs = trainer.data_collator([trainer.train_dataset[row]])
+    theirs = trainer.compute_loss(trainer.model, inputs)
+    theirs.backward()
+    policy = random_gpt2(0)
+    if loss_type == "robust":
+        _, result = ours(policy, random_gpt2(1), PAIRS[row : row + 1], beta=0.3)
+        flipped = [{**PAIRS[row], "chosen": PAIRS[row]["rejected"], "rejected": PAIRS[row]["chosen"]}]
+        _, mirror = ours(policy, random_gpt2(1), flipped, beta=0.3)
+        loss = ((1 - label_smoothing) * result.losses - label_smoothing * mirror.losses) / (1 - 2 * label_smoothing)
+    else:
+        loss = ours(policy, random_gpt2(1), PAIRS[row : row + 1], beta=0.3, label_smoothing=label_smoothing)[1].losses
+    loss.sum().backward()
+    print(f"{loss_type} {label_smoothing} pair {row}: trl {theirs.item():.7f} pdpo {loss.item():.7f}")
+    torch.testing.assert_close(loss.sum(), theirs, rtol=1e-5, atol=1e-6)
+    for mine, his in zip(policy.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-6)
