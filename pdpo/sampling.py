@@ -1,0 +1,118 @@
+"""Sampling responses: batched, left-padded, with a key-value cache; rows that have ended are dropped."""
+
+from typing import NamedTuple
+
+import torch
+
+from pdpo.encoding import Encoded, encode_prompt
+from pdpo.preferences import gumbel_sample
+from pdpo.training import autocast
+
+
+class Sample(NamedTuple):
+    """One sampled response.
+
+    prompt, text: without template and special tokens.
+    encoded: prompt and response ids, with EOS where the policy gave one.
+    finished: False where max_new_tokens came before EOS.
+    """
+
+    prompt: str
+    text: str
+    encoded: Encoded
+    finished: bool
+
+
+@torch.no_grad()
+def sample(
+    policy,
+    tokenizer,
+    prompts: list[str],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    num_samples: int = 1,
+    batch_size: int = 512,
+    precision: str = "float32",
+) -> list[Sample]:
+    """Responses to prompts, num_samples of each.
+
+    Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax.
+
+    Args:
+        policy: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: without template.
+        temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
+        max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
+        seed: the same seed, prompts and batch_size give the same samples.
+        batch_size: sequences sampled at a time.
+    Returns:
+        len(prompts) * num_samples samples; all of the first prompt, then all of the second, ...
+    Raises:
+        ValueError: no prompts, temperature < 0, max_new_tokens that leave no room for a prompt.
+    """
+    if not prompts:
+        raise ValueError("sample: expected at least one prompt, got none.")
+    if temperature < 0 or (temperature == 0 and num_samples != 1):
+        raise ValueError(
+            f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature} and "
+            f"num_samples {num_samples}."
+        )
+    room = tokenizer.model_max_length - max_new_tokens
+    if max_new_tokens < 1 or room < 1:
+        raise ValueError(
+            f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. "
+            "Prompt and response share the context."
+        )
+    policy.eval()
+    device = next(policy.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts for _ in range(num_samples)]
+    new_ids: list[list[int]] = [[] for _ in encoded]
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths side by side: little padding
+    for start in range(0, len(by_length), batch_size):
+        rows = by_length[start : start + batch_size]
+        with autocast(device, precision):
+            _extend(policy, [encoded[i] for i in rows], [new_ids[i] for i in rows], tokenizer.eos_token_id,
+                    temperature, max_new_tokens, generator, device)  # fmt: skip
+    samples = []
+    for i, (prompt_ids, response_ids) in enumerate(zip(encoded, new_ids, strict=True)):
+        finished = response_ids[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(response_ids[:-1] if finished else response_ids).strip()
+        samples.append(Sample(prompts[i // num_samples], text, Encoded(prompt_ids + response_ids, len(prompt_ids)), finished))
+    return samples
+
+
+def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, generator, device) -> None:
+    """Appends sampled tokens to each list in new_ids until its EOS or max_new_tokens."""
+    longest = max(map(len, prompt_ids))
+    input_ids = torch.full((len(prompt_ids), longest), eos)
+    attention_mask = torch.zeros(len(prompt_ids), longest, dtype=torch.long)
+    for row, ids in enumerate(prompt_ids):  # left padding: the last prompt token of every row is in the last column
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, longest - len(ids) :] = 1
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token has position 0
+    live, cache = list(range(len(prompt_ids))), None
+    for _ in range(max_new_tokens):
+        output = policy(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache, logits = output.past_key_values, output.logits[:, -1].float()  # (B, V)
+        noisy = logits if temperature == 0 else gumbel_sample(logits / temperature, generator=generator)
+        tokens = noisy.argmax(-1)  # (B,)
+        for row, token in zip(live, tokens.tolist(), strict=True):
+            new_ids[row].append(token)
+        going_on = (tokens != eos).nonzero().flatten()
+        if len(going_on) == 0:
+            return
+        if len(going_on) < len(live):
+            live = [live[i] for i in going_on.tolist()]
+            cache.batch_select_indices(going_on)
+            tokens, attention_mask, position_ids = tokens[going_on], attention_mask[going_on], position_ids[going_on]
+        input_ids = tokens[:, None]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], 1)
+        position_ids = position_ids[:, -1:] + 1

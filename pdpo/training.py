@@ -1,0 +1,315 @@
+r"""Training: `train_step` is the algorithm, `train` is the schedule. One code for SFT and for preferences.
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pdpo.checkpoint import load_checkpoint, save_checkpoint
+from pdpo.encoding import Encoded, collate
+from pdpo.logps import sequence_logps
+from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss
+
+METHODS = ("sft", "dpo", "odpo", "plackett_luce")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run's hyperparameters; a checkpoint refuses to go on under other ones.
+
+    Attributes:
+        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets) or "plackett_luce".
+        beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT alone.
+        steps: optimizer steps.
+        batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
+        lr: AdamW's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
+        label_smoothing: see `dpo_loss`.
+        max_grad_norm: gradients are scaled down to this norm.
+        micro_batch_size: sequences in memory at a time; no effect on the gradient beyond rounding.
+        precision: "float32", "bfloat16" or "float16" activations; the weights are float32.
+        seed: of the order of the rows.
+    """
+
+    method: str
+    steps: int
+    batch_size: int
+    lr: float
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_size: int = 64
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"TrainConfig: expected method in {METHODS}, got {self.method!r}.")
+        if self.method != "sft" and not (self.beta and self.beta > 0):
+            raise ValueError(
+                f"TrainConfig: expected beta > 0 for {self.method}, got {self.beta}. "
+                "beta: KL strength; a larger beta keeps the policy closer to the reference."
+            )
+        if self.steps < 1 or self.batch_size < 1 or self.micro_batch_size < 1 or not self.lr > 0:
+            raise ValueError(f"TrainConfig: expected steps, batch_size, micro_batch_size >= 1 and lr > 0, got {self}.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one loss term needs: one encoded response (SFT) or K of one prompt, best first.
+
+    Attributes:
+        sequences: K encoded responses.
+        offset: ODPO's demanded margin; 0 is DPO.
+        reference_logps: K numbers in nats, once `with_reference_logps` has run.
+    """
+
+    sequences: tuple[Encoded, ...]
+    offset: float = 0.0
+    reference_logps: tuple[float, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(each.input_ids) for each in self.sequences)
+
+
+def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
+    """(B, K) nats: the log-probability of every response of every row. The plain path: pad, run, gather, sum."""
+    device = next(policy.parameters()).device
+    batch = collate([each for row in rows for each in row.sequences], pad_id=policy.config.eos_token_id, device=device)
+    with autocast(device, precision):
+        logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+    return sequence_logps(logits, batch.input_ids, batch.response_mask).view(len(rows), -1)  # (B, K)
+
+
+def autocast(device: torch.device, precision: str):
+    """Runs matrix products in `precision`; float32 is no autocast at all."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}[precision])
+
+
+@torch.no_grad()
+def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, precision: str = "float32") -> list[Row]:
+    """The rows with the reference's log-probabilities, computed once: the reference never changes, so neither do they."""
+    reference.eval()
+    done: list[Row | None] = [None] * len(rows)
+    for part in micro_batches(range(len(rows)), rows, micro_batch_size):
+        logps = policy_logps(reference, [rows[i] for i in part], precision=precision)
+        for i, values in zip(part, logps.tolist(), strict=True):
+            done[i] = Row(rows[i].sequences, rows[i].offset, tuple(values))
+    return done
+
+
+def row_losses(policy, rows: list[Row], config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) losses of some rows, with the gradient, and (B,) detached measurements of them."""
+    logps = policy_logps(policy, rows, precision=config.precision)  # (B, K)
+    if config.method == "sft":
+        return sft_loss(logps[:, 0]), {}
+    reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device)  # (B, K)
+    if config.method == "plackett_luce":
+        losses = plackett_luce_loss(logps, reference_logps, beta=config.beta)
+        rewards = config.beta * (logps - reference_logps).detach()
+        chosen, rejected = rewards[:, 0], rewards[:, -1]
+    else:
+        offset = torch.tensor([row.offset for row in rows], device=logps.device)
+        losses, chosen, rejected = dpo_loss(
+            *(logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1]),
+            beta=config.beta, offset=offset, label_smoothing=config.label_smoothing,
+        )  # fmt: skip
+    margins = chosen - rejected
+    # a margin of exactly zero, as at the start, is right for half of the pairs, not for none
+    accuracy = (margins > 0).float() + 0.5 * (margins == 0).float()
+    return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
+
+
+def train_step(policy, optimizer, rows: list[Row], config: TrainConfig) -> dict[str, float]:
+    """One optimizer step on the mean loss of `rows`, in micro batches whose gradients add up to that of one large batch.
+
+    Returns:
+        loss (nats; for SFT per token, else per row), grad_norm before clipping, and for preferences the means of margin,
+        accuracy, chosen_reward and rejected_reward.
+    Raises:
+        ValueError: the loss is not finite; the policy is left as it was.
+    """
+    policy.train()
+    optimizer.zero_grad(set_to_none=True)
+    count = (
+        sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
+        if config.method == "sft"
+        else len(rows)
+    )
+    totals: dict[str, Tensor] = {}
+    for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
+        losses, measured = row_losses(policy, [rows[i] for i in part], config)
+        (losses.sum() / count).backward()
+        sums = {"loss": losses.detach().sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
+        totals = {key: totals.get(key, 0.0) + value for key, value in sums.items()}
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    record = {key: float(value) for key, value in totals.items()} | {"grad_norm": float(grad_norm)}
+    if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+        raise ValueError(
+            f"train_step: expected a finite loss and gradient, got loss {record['loss']}, grad_norm {record['grad_norm']}. "
+            "Lower the learning rate, or train in float32."
+        )
+    optimizer.step()
+    return record
+
+
+@torch.no_grad()
+def evaluate_rows(policy, rows: list[Row], config: TrainConfig) -> dict[str, float]:
+    """The same numbers as `train_step` on held-out rows, without a gradient, under keys eval_*."""
+    policy.eval()
+    totals: dict[str, float] = {}
+    count = (
+        sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
+        if config.method == "sft"
+        else len(rows)
+    )
+    for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
+        losses, measured = row_losses(policy, [rows[i] for i in part], config)
+        sums = {"eval_loss": losses.sum() / count} | {f"eval_{key}": value.sum() / len(rows) for key, value in measured.items()}
+        totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
+    return totals
+
+
+def train(
+    policy,
+    rows: list[Row],
+    config: TrainConfig,
+    *,
+    held_out: list[Row] = (),
+    measure=None,
+    evaluate_every: int | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    show_progress: bool = True,
+) -> list[dict]:
+    """Trains `policy` in place; with a checkpoint file, goes on where a killed run stopped and ends with the same bits.
+
+    Args:
+        policy: a causal language model without dropout.
+        rows: the training rows, with reference_logps for every method but SFT.
+        config: hyperparameters; part of the checkpoint.
+        held_out: rows that `eval_*` numbers are measured on.
+        measure: function(policy) -> dict of more held-out numbers (the KL, say); must not draw from global generators.
+        evaluate_every: optimizer steps between held-out measurements, which also come before the first and after the last
+            step; None measures only then.
+        checkpoint: file for interrupted runs; the caller removes it.
+        checkpoint_seconds: at most this much work is lost; 0 saves after each step.
+        show_progress: a tqdm bar.
+    Returns:
+        History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the step
+        after which they were made; step 0 holds those from before the first.
+    Raises:
+        ValueError: rows without reference_logps, no rows, a checkpoint of another config, a loss that is not finite.
+    """
+    _check_rows(rows, config)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
+    history: list[dict] = []
+    state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
+    if state is not None:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        history = state["history"]
+
+    def evaluation() -> dict:
+        numbers = evaluate_rows(policy, held_out, config) if held_out else {}
+        return numbers | (measure(policy) if measure else {})
+
+    if not history:
+        history.append({"step": 0, "epoch": 0.0} | evaluation())
+    saved_at = time.monotonic()
+    description = config.method if config.beta is None else f"{config.method} beta={config.beta}"
+    steps = range(history[-1]["step"], config.steps)
+    bar = tqdm(
+        steps, description, initial=steps.start, total=config.steps, disable=not show_progress, leave=False, mininterval=1.0
+    )
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, seed=config.seed, step=step)]
+        record = {"step": step + 1, "epoch": (step + 1) * config.batch_size / len(rows), "lr": learning_rate(config, step)}
+        record |= train_step(policy, optimizer, batch, config)
+        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        if step + 1 == config.steps or (evaluate_every and (step + 1) % evaluate_every == 0):
+            record |= evaluation()
+        history.append(record)
+        if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds and step + 1 < config.steps:
+            parts = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            save_checkpoint(checkpoint, parts | {"step": step + 1, "history": history, "config": asdict(config)})
+            saved_at = time.monotonic()
+    policy.eval()
+    return history
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to config.lr, then a cosine down to a tenth of it; `step` counts from 0."""
+    warmup = max(round(config.warmup * config.steps), 1)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(config.steps - warmup, 1)
+    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:
+    """The rows of one step: a pure function of (seed, step), so that a resumed run sees what an unbroken one would.
+
+    Epochs are shuffled one by one and laid end to end; a batch may span two. No grouping by length: on data in which length
+    goes with quality, that would bias each step.
+    """
+    indices, position = [], step * batch_size
+    while len(indices) < batch_size:
+        epoch, start = divmod(position, num_rows)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(num_rows, generator=generator)
+        taken = order[start : start + batch_size - len(indices)].tolist()
+        indices += taken
+        position += len(taken)
+    return indices
+
+
+def micro_batches(indices, rows: list[Row], max_sequences: int) -> list[list[int]]:
+    """Cuts one batch into parts of at most max_sequences sequences (at least one row), sorted by length to pad less."""
+    by_length = sorted(indices, key=lambda i: (rows[i].num_tokens, i))
+    parts: list[list[int]] = []
+    size = 0
+    for i in by_length:
+        if not parts or size + len(rows[i].sequences) > max_sequences:
+            parts.append([])
+            size = 0
+        parts[-1].append(i)
+        size += len(rows[i].sequences)
+    return parts
+
+
+def _check_rows(rows: list[Row], config: TrainConfig) -> None:
+    if not rows:
+        raise ValueError("train: expected at least one row to train on, got none. Is the training split empty?")
+    if config.method == "sft":
+        return
+    missing = [i for i, row in enumerate(rows) if row.reference_logps is None]
+    if missing:
+        raise ValueError(
+            f"train: rows {missing[:10]} have no reference_logps. Run with_reference_logps(reference, rows) first."
+        )
+    sizes = {len(row.sequences) for row in rows}
+    if config.method == "plackett_luce":
+        if len(sizes) > 1 or min(sizes) < 2:
+            raise ValueError(f"train: expected one K >= 2 for all rankings, got K in {sorted(sizes)}. Group the data by K.")
+    elif sizes != {2}:
+        raise ValueError(
+            f"train: {config.method} expected rows with K = 2 responses, got K in {sorted(sizes)}. Use data.pairs."
+        )
