@@ -21,6 +21,7 @@ JUDGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 THREE_WAYS_OUT = (
     "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny', "
     "which needs no hub."
+)
 
 
 def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
