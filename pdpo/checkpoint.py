@@ -10,9 +10,10 @@ import torch
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes `state` (policy, optimizer, step, rng, history, config) to a temporary file and renames it to `path`.
 
-    A process killed at any moment leaves either the old checkpoint or the new one.
+    A process killed at any moment leaves either the old checkpoint or the new one. (One process at a time writes to a path;
+    with one temporary name for all of them, no half-written file stays behind after a resumed run's next save.)
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()

@@ -47,6 +47,8 @@ class Preference:
                 raise ValueError(f"key '{key}': expected a text that is not empty, got {text!r}. Drop the row or fill it in.")
             if "\0" in text:
                 raise ValueError(f"key '{key}': expected text, got a NUL character in it. The file is probably binary.")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"key '{key}': expected text, got half of a surrogate pair in it. Mend the \\u escapes.")
         if self.scores is not None:
             if len(self.scores) != len(self.responses):
                 raise ValueError(
@@ -195,11 +197,9 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
     prompts = Counter(record.prompt.strip() for record in records)
     best, worst, prompt_lengths, truncated, too_long = [], [], [], 0, 0
     for record in records:
-        encoded = [
-            encode(tokenizer, record.prompt, text, max_length=10**9) for text in (record.responses[0], record.responses[-1])
-        ]
+        encoded = [encode(tokenizer, record.prompt, text, max_length=10**9) for text in record.responses]
         best.append(len(encoded[0].input_ids) - encoded[0].num_prompt)
-        worst.append(len(encoded[1].input_ids) - encoded[1].num_prompt)
+        worst.append(len(encoded[-1].input_ids) - encoded[-1].num_prompt)
         prompt_lengths.append(encoded[0].num_prompt)
         fits = all(response_fits(each, limit) for each in encoded)
         too_long += not fits
@@ -268,7 +268,7 @@ def _read(path: Path) -> list[Preference]:
 def _parse(where: str, text: str):
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise ValueError(f"{where}: expected JSON, got: {error}. Is the file complete?") from None
 
 
@@ -276,7 +276,7 @@ def _preference(row) -> Preference:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}. A row is {{'prompt', 'chosen', 'rejected'}}.")
     prompt = _text(row, "instruction" if "instruction" in row and "prompt" not in row else "prompt")
-    if "instruction" in row and "prompt" not in row and str(row.get("input", "")).strip():
+    if "instruction" in row and "prompt" not in row and row.get("input") is not None and str(row["input"]).strip():
         prompt += "\n" + _text(row, "input")
     if "responses" in row:
         responses = row["responses"]
@@ -318,4 +318,9 @@ def _text(row: dict, key: str) -> str:
 
 
 def _is_finite_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False

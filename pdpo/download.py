@@ -67,7 +67,7 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
         raise ValueError(f"{url}: the server answered {error.code} {error.reason}. {by_hand}") from None
     except http.client.IncompleteRead as error:
         raise ValueError(f"{url}: the download was cut short after {len(error.partial)} bytes. Try again. {by_hand}") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{url}: the server cannot be reached ({reason}). {by_hand}") from None
     finally:

@@ -33,6 +33,7 @@ from pdpo.sampling import sample
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
 
 TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "training")
+MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
 EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
 
 
@@ -140,7 +141,12 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
         )
         _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out)
 
-    determinants = {"train": asdict(config), **source, "data": fingerprint(train_records + validation)}
+    determinants = {
+        "train": asdict(config),
+        **source,
+        "num_evaluations": preset.num_evaluations,
+        "data": fingerprint(train_records + validation),
+    }
     return _load_run(preset, *_stage(preset, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait))
 
 
@@ -204,11 +210,13 @@ def run_preference(
         "offset": offset if method == "odpo" else None,
         "sft": sft.path.name,
         "data": fingerprint(records + held_out_records),
+        "num_evaluations": preset.num_evaluations,
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
     }
     return _load_run(
-        preset, *_stage(preset, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE, build, wait=wait)
+        preset,
+        *_stage(preset, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE + MEASURING_CODE, build, wait=wait),
     )
 
 
@@ -282,7 +290,7 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     So two notebooks that need the same sweep share its work instead of waiting for each other.
     """
     results: dict[int, object] = {}
-    bar = tqdm(total=len(settings), desc=f"{stage.__name__} stages", mininterval=1.0)
+    bar = tqdm(total=len(settings), desc=f"{getattr(stage, '__name__', 'all')} stages", mininterval=1.0)
     wait = False
     while len(results) < len(settings):
         before = len(results)
@@ -323,7 +331,8 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     write_json(folder / "history.json", history)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    for left in folder.glob("*checkpoint.pt*"):  # also one that a killed process was writing
+        left.unlink()
 
 
 def _load_run(preset: Preset, path: Path, config: dict) -> Run:

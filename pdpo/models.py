@@ -4,10 +4,12 @@ import importlib.util
 import os
 import socket
 import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -217,7 +219,7 @@ def _from_hub_or_folder(loader, source: str, **arguments):
         except OSError:
             _require_hub(source)
             return loader.from_pretrained(source, **arguments)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
 
@@ -229,6 +231,8 @@ def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:
         raise ValueError(
             f"{name}: not found on this machine, and HF_HUB_OFFLINE forbids the model hub. {extra}{THREE_WAYS_OUT}"
         )
+    if urllib.request.getproxies().keys() & {address.scheme, "all"}:
+        return  # only the proxy knows what it reaches
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=timeout).close()

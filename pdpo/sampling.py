@@ -55,7 +55,7 @@ def sample(
     """
     if not prompts:
         raise ValueError("sample: expected at least one prompt, got none.")
-    if temperature < 0 or (temperature == 0 and num_samples != 1):
+    if not temperature >= 0 or num_samples < 1 or (temperature == 0 and num_samples != 1):
         raise ValueError(
             f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature} and "
             f"num_samples {num_samples}."

@@ -141,6 +141,8 @@ def split(records: list[Preference], *, seed: int) -> tuple[list[Preference], li
         group = rng.sample(group, len(group))
         # one phrasing in three of 60 % of the facts, or 20 % of the rule items: a fifth of the prompts in both cases
         held_out = group[: 1 if rng.random() < (0.6 if family in LOOKUPS else 0.2) else 0]
+        if family in LOOKUPS and len(group) == 1:
+            held_out = []  # the fact's only phrasing here: it is to be taught
         (validation if rng.random() < 0.4 else test).extend(held_out)
         train.extend(group[len(held_out) :])
     return train, validation, test

@@ -19,6 +19,7 @@ from pdpo.logps import sequence_logps
 from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss
 
 METHODS = ("sft", "dpo", "odpo", "plackett_luce")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class TrainConfig:
                 f"TrainConfig: expected beta > 0 for {self.method}, got {self.beta}. "
                 "beta: KL strength; a larger beta keeps the policy closer to the reference."
             )
+        if self.method == "sft" and self.beta is not None:
+            raise ValueError(
+                f"TrainConfig: expected beta None for sft, which has no reference to stay close to, got {self.beta}."
+            )
+        if self.label_smoothing and self.method not in ("dpo", "odpo"):
+            raise ValueError(
+                f"TrainConfig: expected label_smoothing 0 for {self.method}, got {self.label_smoothing}. DPO reads it."
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"TrainConfig: expected precision in {tuple(PRECISIONS)}, got {self.precision!r}.")
         if self.steps < 1 or self.batch_size < 1 or self.micro_batch_size < 1 or not self.lr > 0:
             raise ValueError(f"TrainConfig: expected steps, batch_size, micro_batch_size >= 1 and lr > 0, got {self}.")
 
@@ -95,7 +106,7 @@ def autocast(device: torch.device, precision: str):
     """Runs matrix products in `precision`; float32 is no autocast at all."""
     if precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype={"bfloat16": torch.bfloat16, "float16": torch.float16}[precision])
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
 
 
 @torch.no_grad()
