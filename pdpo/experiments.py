@@ -5,6 +5,7 @@ that matters. A lock lets two processes that need one stage train it once; a kil
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import filelock
 import numpy as np
 import torch
 import transformers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pdpo.checkpoint import write_json
 from pdpo.data import Preference, fingerprint, load_split, pairs
@@ -57,6 +58,18 @@ class Run:
     config: dict
     history: list[dict]
 
+    @property
+    def method(self) -> str:
+        return self.config["train"]["method"]
+
+    @property
+    def beta(self) -> float | None:
+        return self.config["train"]["beta"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["train"]["seed"]
+
     def load_policy(self) -> torch.nn.Module:
         """The trained policy, on this machine's device."""
         return load_policy(replace(self.preset, model=str(self.path / "policy"))).to(device()).eval()
@@ -85,20 +98,28 @@ class Evaluation:
         return by_prompt([row[key] for row in self.rows], self.num_samples)
 
 
-def start(preset: str | None = None) -> Preset:
+def start(preset: str | Preset | None = None) -> Preset:
     """Chooses the preset, says what it runs on and where results go, and pins one thread where bits are compared.
 
     Args:
-        preset: a preset's name; None is $PDPO_PRESET, else the one that fits the machine.
+        preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
     """
-    chosen = get_preset(preset)
+    chosen = preset if isinstance(preset, Preset) else get_preset(preset)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if device().type == "cpu":
         torch.set_num_threads(1)  # the same seed then gives the same bits in every process
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-    hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, {os.cpu_count()} cores, 1 used"
-    print(f"preset {chosen.name} on {hardware}, {chosen.precision}; data {chosen.data}; results in {runs_dir() / chosen.name}")
+    hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, 1 of {os.cpu_count()} cores"
+    print(
+        f"preset {chosen.name}: {hardware}, {chosen.precision}, data {chosen.data}, results in {_shown(runs_dir() / chosen.name)}"
+    )
     return chosen
+
+
+def _shown(path: Path) -> str:
+    """A path relative to the checkout where it lies in it: notebooks' outputs then hold no one's home folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    return str(path.relative_to(checkout)) if path.is_relative_to(checkout) else str(path)
 
 
 def runs_dir() -> Path:
@@ -185,6 +206,8 @@ def run_preference(
     offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
 
     def build(folder: Path) -> None:
+        if method == "odpo" and not any(record.scores for record in records):
+            print("odpo: this data has no scores, so every offset is 0 and the run equals DPO.")
         tokenizer, policy, reference = sft.load_tokenizer(), sft.load_policy(), sft.load_policy()
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
         rows, held_out = (
@@ -312,9 +335,7 @@ def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha:
     """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
     offsets = [0.0] * len(records)
     scored = [i for i, record in enumerate(records) if record.scores is not None]
-    if method == "odpo" and not scored:
-        print("odpo: this data has no scores, so every offset is 0 and the run equals DPO.")
-    elif method == "odpo":
+    if method == "odpo" and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
         for i, value in zip(scored, score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale=scale).tolist(), strict=True):
             offsets[i] = value
@@ -381,6 +402,7 @@ def environment(began: float) -> dict:
     }
 
 
+@functools.cache  # of the code that this process loaded, whatever happens to the files meanwhile
 def code_version(modules: tuple[str, ...]) -> str:
     """A hash of these modules' code, blind to comments, docstrings and layout, so that only what computes counts."""
     digest = hashlib.sha256()
@@ -404,10 +426,16 @@ def _files(source: str | None):
     return [str(Path(source).resolve()), *stats]
 
 
+def check_new_folder(target: Path) -> None:
+    """ValueError unless `target` is a folder that is empty or does not exist: results never overwrite anything."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another.")
+
+
 def copy_run(run: Run, target: Path) -> Path:
     """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another --out.")
+    check_new_folder(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copytree(run.path / "policy", temporary)
     for name in ("history.json", "stage.json"):

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # distinguishable in black and white: line style and marker differ as well as colour
@@ -65,3 +67,89 @@ def figures_dir() -> Path:
     """Where figures go: figures/ of the checkout that this package runs from, else figures/ of the current folder."""
     checkout = Path(__file__).resolve().parent.parent
     return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "figures"
+
+
+def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
+    """A line through the mean over seeds and a band over their range; values_by_seed is (num_seeds, len(x))."""
+    values = np.asarray(values_by_seed, dtype=float)
+    look = STYLES[style % len(STYLES)]
+    axes.plot(x, values.mean(0), label=label, **look)
+    axes.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
+
+
+def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
+    """Held-out loss and KL per epoch, a column a method, a line a beta, a band over seeds (the report's Fig. 3).
+
+    Args:
+        runs: `experiments.Run`s of preference training.
+        title: the figure's claim.
+    Returns:
+        The figure and its rows.
+    """
+    rows = [
+        {"method": run.method, "beta": run.beta, "seed": run.seed, "epoch": row["epoch"]}
+        | {"eval_loss": row["eval_loss"], "eval_kl": row["eval_kl"]}
+        for run in runs
+        for row in run.history
+        if "eval_kl" in row
+    ]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, grid = plt.subplots(2, len(methods), figsize=(9.5, 6.2), sharex=True, sharey="row", squeeze=False)
+    for column, method in enumerate(methods):
+        for style, beta in enumerate(sorted({row["beta"] for row in rows})):
+            mine = [row for row in rows if row["method"] == method and row["beta"] == beta]
+            epochs = sorted({row["epoch"] for row in mine})
+            for line, key in enumerate(("eval_loss", "eval_kl")):
+                values = by_seed(mine, key)
+                band(grid[line, column], epochs, values, style=style, label=f"beta {beta:g}")
+        grid[0, column].set_title(method.upper())
+        grid[1, column].set_xlabel("epoch")
+    grid[0, 0].set_ylabel("held-out loss (nats a pair)")
+    grid[1, 0].set_ylabel("KL(policy || reference)\n(nats a response)")
+    grid[1, 0].legend(fontsize=8)
+    figure.suptitle(f"{title}\n(line: mean over seeds; band: their range)", fontsize=11)
+    return figure, rows
+
+
+def by_seed(rows: list[dict], key: str) -> list[list[float]]:
+    """rows[key] as one list a seed, each in the order of the rows."""
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    return [[row[key] for row in rows if row["seed"] == seed] for seed in seeds]
+
+
+def lines_with_intervals(
+    panels: list[tuple[str, str]], rows: list[dict], *, x: str, xlabel: str, title: str, log_x: bool = False
+) -> tuple[Figure, list[dict]]:
+    """One panel a measure, one line a method, with its 95 % intervals.
+
+    Args:
+        panels: (key, y label) of each panel; each row has key, key_low and key_high for it.
+        rows: one dict a point, with "method" and the value of x.
+        x: the key of the horizontal axis; a method whose rows have None there is drawn as a level with its interval.
+        xlabel: its label.
+        title: the figure's claim.
+        log_x: a logarithmic horizontal axis.
+    Returns:
+        The figure and its rows.
+    """
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.9 * len(panels), 4.2), squeeze=False)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axes, (key, ylabel) in zip(grid[0], panels, strict=True):
+        for style, method in enumerate(methods):
+            mine = [row for row in rows if row["method"] == method and key in row]
+            look = STYLES[style % len(STYLES)]
+            if mine and mine[0][x] is None:
+                axes.axhline(mine[0][key], color=look["color"], linestyle=look["linestyle"], label=method)
+                axes.axhspan(mine[0][f"{key}_low"], mine[0][f"{key}_high"], color=look["color"], alpha=0.12, linewidth=0)
+                continue
+            values, low, high = ([row[name] for row in mine] for name in (key, f"{key}_low", f"{key}_high"))
+            error = [[v - l for v, l in zip(values, low, strict=True)], [h - v for v, h in zip(values, high, strict=True)]]
+            axes.errorbar([row[x] for row in mine], values, yerr=error, capsize=3, label=method, **look)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
+        if log_x:
+            ticks = sorted({row[x] for row in rows if row[x] is not None})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            axes.xaxis.minorticks_off()
+    grid[0, 0].legend()
+    figure.suptitle(f"{title}\n(bars and shades: 95 % intervals)", fontsize=11)
+    return figure, rows

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.encoding import Encoded, collate

@@ -1,0 +1,115 @@
+"""Executing notebooks from the command line: a line for each cell, two notebooks at a time, a summary at the end."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from pdpo.experiments import runs_dir
+from pdpo.plots import figures_dir
+from pdpo.presets import Preset, device
+
+
+def notebooks_dir() -> Path:
+    """notebooks/ of the checkout that this package runs from; ValueError where it is installed without one."""
+    folder = Path(__file__).resolve().parent.parent / "notebooks"
+    if not folder.is_dir():
+        raise ValueError(f"run: expected the notebooks in {folder}, got no such folder. Run this in a clone of the repository.")
+    return folder
+
+
+def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int | None = None, save: bool = False) -> bool:
+    """Executes notebooks and prints a line as each cell starts and ends.
+
+    Args:
+        preset: passed to the notebooks as PDPO_PRESET.
+        numbers: their first characters, such as ["06", "07"]; None is all of them.
+        jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
+        save: True writes the outputs into notebooks/; False leaves those alone. Executed copies go to runs/ either way.
+    Returns:
+        Whether every cell of every notebook succeeded.
+    Raises:
+        ValueError: a number that no notebook, or more than one, starts with.
+    """
+    every = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    chosen = every if not numbers else [_find(number, every) for number in numbers]
+    if jobs is None:
+        jobs = 1 if device().type == "cuda" else min(os.cpu_count() or 1, 2)
+    os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
+    began = time.time()
+    print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda path: _execute(path, save), chosen))
+    print(f"\n{'notebook':34} minutes  result")
+    for path, (minutes, error) in zip(chosen, results, strict=True):
+        print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")
+    figures = sorted(path for path in figures_dir().rglob("*.png") if path.stat().st_mtime >= began)
+    print(f"{(time.time() - began) / 60:.1f} minutes in all. {len(figures)} figures written:")
+    for path in figures:
+        print(f"  {os.path.relpath(path)}")
+    return not any(error for _, error in results)
+
+
+def _find(number: str, every: list[Path]) -> Path:
+    found = [path for path in every if path.name.startswith(number)]
+    if len(found) != 1:
+        names = ", ".join(path.stem for path in every)
+        raise ValueError(f"run: expected --notebooks to name one notebook each, got {number!r} for {len(found)} of: {names}.")
+    return found[0]
+
+
+def _execute(path: Path, save: bool) -> tuple[float, str]:
+    """Minutes taken, and "" or what went wrong."""
+    notebook = nbformat.read(path, as_version=4)
+    num_code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    began, started = time.monotonic(), {}
+
+    def say(text: str) -> None:
+        with _print_lock:
+            print(f"[{path.stem[:2]}] {text}", flush=True)
+
+    def number(index: int) -> str:
+        return f"cell {sum(cell.cell_type == 'code' for cell in notebook.cells[: index + 1])}/{num_code}"
+
+    def on_start(cell, cell_index):
+        if cell.cell_type != "code":
+            return
+        started[cell_index] = time.monotonic()
+        lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
+        say(f"{number(cell_index)}: {lines[0][:70] if lines else ''}")
+
+    def on_executed(cell, cell_index, execute_reply):
+        seconds = time.monotonic() - started[cell_index]
+        if seconds > 5:
+            say(f"{number(cell_index)} took {seconds:.0f} s")
+
+    client = NotebookClient(
+        notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=on_start, on_cell_executed=on_executed,
+    )  # fmt: skip
+    error = ""
+    try:
+        client.execute()
+    except CellExecutionError as failure:
+        error = f"failed: {failure.ename}: {failure.evalue.splitlines()[0] if failure.evalue else ''}"
+        say(error)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of day, which would change at each run
+        if "outputs" in cell:
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]  # progress bars
+    notebook.metadata.language_info = {"name": "python"}
+    targets = [runs_dir() / "notebooks" / path.name] + ([path] if save and not error else [])
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        nbformat.write(notebook, temporary)
+        os.replace(temporary, target)
+    return (time.monotonic() - began) / 60, error
+
+
+_print_lock = threading.Lock()
