@@ -180,8 +180,10 @@ def test_a_stopped_run_on_trees_goes_on_with_the_same_bits(tmp_path, method, num
     expected = train(unbroken, rows, config, show_progress=False)
     arguments = {"checkpoint": tmp_path / "checkpoint.pt", "checkpoint_seconds": 0, "show_progress": False}
 
-    def stop(policy, calls=[]):  # noqa: B006: counts over the calls
-        calls.append(1)
+    calls = []
+
+    def stop(policy):
+        calls.append(policy)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return {}
