@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 from pdpo.download import locate
 from pdpo.encoding import encode, response_fits
@@ -44,7 +45,9 @@ class Preference:
             raise ValueError(f"expected at least 2 responses, got {len(self.responses)}. A preference compares responses.")
         for key, text in [("prompt", self.prompt), *(("responses", response) for response in self.responses)]:
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"key '{key}': expected a text that is not empty, got {text!r}. Drop the row or fill it in.")
+                raise ValueError(
+                    f"key '{key}': expected a text that is not empty, got {short(text)}. Drop the row or fill it in."
+                )
             if "\0" in text:
                 raise ValueError(f"key '{key}': expected text, got a NUL character in it. The file is probably binary.")
             if any("\ud800" <= character <= "\udfff" for character in text):
@@ -56,7 +59,7 @@ class Preference:
                 )
             bad = [each for each in self.scores if not _is_finite_number(each)]
             if bad:
-                raise ValueError(f"key 'scores': expected finite numbers, got {bad[0]!r}. Drop the row or mend the score.")
+                raise ValueError(f"key 'scores': expected finite numbers, got {short(bad[0])}. Drop the row or mend the score.")
 
     @property
     def chosen(self) -> str:
@@ -295,7 +298,7 @@ def _preference(row) -> Preference:
         if key is None:
             raise ValueError(f"key '{names[0]}': expected a score for both responses or for none, got only the other one's.")
         if not _is_finite_number(row[key]):
-            raise ValueError(f"key '{key}': expected a finite number, got {row[key]!r}. Drop the row or mend the score.")
+            raise ValueError(f"key '{key}': expected a finite number, got {short(row[key])}. Drop the row or mend the score.")
     return Preference(prompt, responses, (float(row[found[0]]), float(row[found[1]])))
 
 
@@ -303,7 +306,9 @@ def _ranked(prompt: str, texts: tuple, scores: tuple | None) -> Preference:
     """A listed ranking; scores that contradict it mean that the file is not sorted best first."""
     record = Preference(prompt, texts, scores)
     if scores is not None and any(a < b for a, b in zip(scores, scores[1:], strict=False)):
-        raise ValueError(f"key 'scores': expected responses best first, got scores {list(scores)}. Sort each row by score.")
+        raise ValueError(
+            f"key 'scores': expected responses best first, got scores {short(list(scores))}. Sort each row by score."
+        )
     return record
 
 
@@ -313,7 +318,7 @@ def _text(row: dict, key: str) -> str:
     if isinstance(row[key], list):
         raise ValueError(f"key '{key}': expected a text, got a list. Chat messages are not read; flatten them to text.")
     if not isinstance(row[key], str) or not row[key].strip():
-        raise ValueError(f"key '{key}': expected a text that is not empty, got {row[key]!r}. Drop the row or fill it in.")
+        raise ValueError(f"key '{key}': expected a text that is not empty, got {short(row[key])}. Drop the row or fill it in.")
     return row[key].strip()
 
 

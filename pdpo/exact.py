@@ -235,9 +235,9 @@ def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_st
 
 
 def _check(function: str, *tensors: Tensor, beta: float = 1.0, normalised: Iterable[Tensor] = ()) -> None:
-    if not beta > 0:
+    if not 0 < beta < float("inf"):
         raise ValueError(
-            f"{function}: expected beta > 0, got {beta}. "
+            f"{function}: expected finite beta > 0, got {beta}. "
             "beta: KL strength; a larger beta keeps the policy closer to the reference."
         )
     if any(each.ndim == 0 for each in tensors) or len({each.shape[-1] for each in tensors}) > 1:

