@@ -33,7 +33,7 @@ from pdpo.presets import Preset, device, get_preset
 from pdpo.sampling import sample
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
 
-TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "training")
+TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "training")
 MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
 EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
 
@@ -208,21 +208,20 @@ def run_preference(
     def build(folder: Path) -> None:
         if method == "odpo" and not any(record.scores for record in records):
             print("odpo: this data has no scores, so every offset is 0 and the run equals DPO.")
-        tokenizer, policy, reference = sft.load_tokenizer(), sft.load_policy(), sft.load_policy()
+        tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
         rows, held_out = (
-            with_reference_logps(
-                reference, preference_rows(tokenizer, each, method=method, **offset),
-                micro_batch_size=preset.micro_batch_size, precision=preset.precision,
-            )
+            _with_cached_reference(sft, policy, preference_rows(tokenizer, each, method=method, **offset))
             for each in (records, held_out_records)
-        )  # fmt: skip
+        )
 
         def measure(policy) -> dict:
             samples = sample(
                 policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=seed,
                 batch_size=preset.micro_batch_size, precision=preset.precision,
             )  # fmt: skip
+            # read from disk each time (tiny: 0.03 s), where it takes the room of the gradients, instead of kept in memory
+            reference = sft.load_policy()
             kl = sequence_kl(policy, reference, samples, batch_size=preset.micro_batch_size, precision=preset.precision)
             return {"eval_kl": float(kl.exact.mean()), "eval_token_kl": float(kl.exact.sum() / kl.num_tokens.sum())}
 
@@ -341,6 +340,19 @@ def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha:
             offsets[i] = value
     encoded = encode_records(tokenizer, records)
     return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
+
+
+def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
+    """`with_reference_logps`, kept in a file beside the SFT stage: runs of all methods and betas share it."""
+    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows]]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
+    path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
+    if not path.exists():
+        preset = sft.preset
+        done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
+        write_json(path, [row.reference_logps for row in done])
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, stored, strict=True)]
 
 
 def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:

@@ -73,6 +73,19 @@ def get_preset(name: str | None = None) -> Preset:
     return PRESETS[name]
 
 
+def choose_precision(capability: tuple[int, int] | None = None) -> str:
+    """bfloat16 on Ampere and later, float16 (with a loss scaler) on older GPUs such as the T4, float32 on the CPU.
+
+    Args:
+        capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine.
+    """
+    if capability is None:
+        if not torch.cuda.is_available():
+            return "float32"
+        capability = torch.cuda.get_device_capability()
+    return "bfloat16" if capability >= (8, 0) else "float16"
+
+
 def device() -> torch.device:
     """cuda where present, else cpu."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

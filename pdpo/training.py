@@ -6,7 +6,8 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.encoding import Encoded, collate
 from pdpo.logps import sequence_logps
 from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss
+from pdpo.trees import supports_trees, tree_logps
 
 METHODS = ("sft", "dpo", "odpo", "plackett_luce")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +36,7 @@ class TrainConfig:
         lr: AdamW's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
         label_smoothing: see `dpo_loss`.
         max_grad_norm: gradients are scaled down to this norm.
-        micro_batch_size: sequences in memory at a time; no effect on the gradient beyond rounding.
+        micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
         precision: "float32", "bfloat16" or "float16" activations; the weights are float32.
         seed: of the order of the rows.
     """
@@ -102,6 +104,27 @@ def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tens
     return sequence_logps(logits, batch.input_ids, batch.response_mask).view(len(rows), -1)  # (B, K)
 
 
+def shared_policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
+    """(B, K) nats: the numbers of `policy_logps` by the fast path, on token trees."""
+    with autocast(next(policy.parameters()).device, precision):
+        return tree_logps(policy, [each for row in rows for each in row.sequences]).view(len(rows), -1)  # (B, K)
+
+
+def fastest_logps(policy, rows: list[Row]) -> Callable:
+    """`shared_policy_logps`, or `policy_logps` where the two differ on this policy; then it prints why.
+
+    Both are tried on two of the rows, the longest among them: no list of architectures could be complete.
+    """
+    tried = [rows[0], max(rows, key=lambda row: row.num_tokens)]
+    policy.eval()
+    with torch.no_grad():
+        expected = policy_logps(policy, tried).flatten()
+    reason = supports_trees(policy, [each for row in tried for each in row.sequences], expected)
+    if reason:
+        print(f"{type(policy).__name__} runs on padded batches, not on token trees, which would be faster: {reason}")
+    return policy_logps if reason else shared_policy_logps
+
+
 def autocast(device: torch.device, precision: str):
     """Runs matrix products in `precision`; float32 is no autocast at all."""
     if precision == "float32":
@@ -112,18 +135,23 @@ def autocast(device: torch.device, precision: str):
 @torch.no_grad()
 def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, precision: str = "float32") -> list[Row]:
     """The rows with the reference's log-probabilities, computed once: the reference never changes, so neither do they."""
+    if not rows:
+        return []
+    logps_of = fastest_logps(reference, rows)
     reference.eval()
     done: list[Row | None] = [None] * len(rows)
     for part in micro_batches(range(len(rows)), rows, micro_batch_size):
-        logps = policy_logps(reference, [rows[i] for i in part], precision=precision)
+        logps = logps_of(reference, [rows[i] for i in part], precision=precision)
         for i, values in zip(part, logps.tolist(), strict=True):
             done[i] = Row(rows[i].sequences, rows[i].offset, tuple(values))
     return done
 
 
-def row_losses(policy, rows: list[Row], config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def row_losses(
+    policy, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) losses of some rows, with the gradient, and (B,) detached measurements of them."""
-    logps = policy_logps(policy, rows, precision=config.precision)  # (B, K)
+    logps = logps_of(policy, rows, precision=config.precision)  # (B, K)
     if config.method == "sft":
         return sft_loss(logps[:, 0]), {}
     reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device)  # (B, K)
@@ -143,15 +171,22 @@ def row_losses(policy, rows: list[Row], config: TrainConfig) -> tuple[Tensor, di
     return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
-def train_step(policy, optimizer, rows: list[Row], config: TrainConfig) -> dict[str, float]:
+def train_step(
+    policy, optimizer, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps, scaler=None
+) -> dict[str, float]:
     """One optimizer step on the mean loss of `rows`, in micro batches whose gradients add up to that of one large batch.
 
+    Args:
+        policy, optimizer, rows, config: as in `train`.
+        logps_of: `policy_logps`, or what `fastest_logps` gives.
+        scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
     Returns:
-        loss (nats; for SFT per token, else per row), grad_norm before clipping, and for preferences the means of margin,
-        accuracy, chosen_reward and rejected_reward.
+        loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
+        and for preferences the means of margin, accuracy, chosen_reward and rejected_reward.
     Raises:
-        ValueError: the loss is not finite; the policy is left as it was.
+        ValueError: the loss or the gradient is not finite; the policy is left as it was.
     """
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
     optimizer.zero_grad(set_to_none=True)
     count = (
@@ -161,23 +196,26 @@ def train_step(policy, optimizer, rows: list[Row], config: TrainConfig) -> dict[
     )
     totals: dict[str, Tensor] = {}
     for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
-        losses, measured = row_losses(policy, [rows[i] for i in part], config)
-        (losses.sum() / count).backward()
+        losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
+        scaler.scale(losses.sum() / count).backward()
         sums = {"loss": losses.detach().sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
         totals = {key: totals.get(key, 0.0) + value for key, value in sums.items()}
+    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     record = {key: float(value) for key, value in totals.items()} | {"grad_norm": float(grad_norm)}
-    if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+    scale_too_high = scaler.is_enabled() and scaler.get_scale() > 1  # the scaler then halves it and leaves this step out
+    if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scale_too_high):
         raise ValueError(
             f"train_step: expected a finite loss and gradient, got loss {record['loss']}, grad_norm {record['grad_norm']}. "
             "Lower the learning rate, or train in float32."
         )
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     return record
 
 
 @torch.no_grad()
-def evaluate_rows(policy, rows: list[Row], config: TrainConfig) -> dict[str, float]:
+def evaluate_rows(policy, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps) -> dict[str, float]:
     """The same numbers as `train_step` on held-out rows, without a gradient, under keys eval_*."""
     policy.eval()
     totals: dict[str, float] = {}
@@ -187,7 +225,7 @@ def evaluate_rows(policy, rows: list[Row], config: TrainConfig) -> dict[str, flo
         else len(rows)
     )
     for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
-        losses, measured = row_losses(policy, [rows[i] for i in part], config)
+        losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
         sums = {"eval_loss": losses.sum() / count} | {f"eval_{key}": value.sum() / len(rows) for key, value in measured.items()}
         totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
     return totals
@@ -222,9 +260,15 @@ def train(
         History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the step
         after which they were made; step 0 holds those from before the first.
     Raises:
-        ValueError: rows without reference_logps, no rows, a checkpoint of another config, a loss that is not finite.
+        ValueError: rows without reference_logps, no rows, a checkpoint of another config, a loss that is not finite, a
+            second error for want of memory (after the first, micro batches are half as large).
     """
     _check_rows(rows, config)
+    device = next(policy.parameters()).device
+    logps_of = fastest_logps(policy, rows)
+    limit = min(config.micro_batch_size, fitting_micro_batch(policy, rows))
+    in_memory = replace(config, micro_batch_size=limit)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
@@ -233,11 +277,13 @@ def train(
     if state is not None:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         history = state["history"]
 
     def evaluation() -> dict:
-        numbers = evaluate_rows(policy, held_out, config) if held_out else {}
+        optimizer.zero_grad(set_to_none=True)  # room for what is measured
+        numbers = evaluate_rows(policy, held_out, in_memory, logps_of=logps_of) if held_out else {}
         return numbers | (measure(policy) if measure else {})
 
     if not history:
@@ -253,13 +299,20 @@ def train(
             group["lr"] = learning_rate(config, step)
         batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, seed=config.seed, step=step)]
         record = {"step": step + 1, "epoch": (step + 1) * config.batch_size / len(rows), "lr": learning_rate(config, step)}
-        record |= train_step(policy, optimizer, batch, config)
+        measured = None
+        while measured is None:
+            try:
+                measured = train_step(policy, optimizer, batch, in_memory, logps_of=logps_of, scaler=scaler)
+            except torch.OutOfMemoryError as error:
+                in_memory = _halved(in_memory, limit, error)
+        record |= measured
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if step + 1 == config.steps or (evaluate_every and (step + 1) % evaluate_every == 0):
             record |= evaluation()
         history.append(record)
         if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds and step + 1 < config.steps:
             parts = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            parts["scaler"] = scaler.state_dict()
             save_checkpoint(checkpoint, parts | {"step": step + 1, "history": history, "config": asdict(config)})
             saved_at = time.monotonic()
     policy.eval()
@@ -304,6 +357,39 @@ def micro_batches(indices, rows: list[Row], max_sequences: int) -> list[list[int
         parts[-1].append(i)
         size += len(rows[i].sequences)
     return parts
+
+
+def fitting_micro_batch(policy, rows: list[Row], free_bytes: int | None = None) -> int:
+    """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
+
+    Args:
+        policy: on its device, before its first gradient.
+        rows: what it will train on.
+        free_bytes: on the device; None asks a CUDA device. A CPU is never asked: there the answer is all of them.
+    """
+    parameters = list(policy.parameters())
+    if free_bytes is None:
+        if parameters[0].device.type != "cuda":
+            return 2 * len(rows) * len(rows[0].sequences)
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free_bytes = torch.cuda.mem_get_info()[0] + cached
+    config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
+    gradients_and_adam = 12 * sum(each.numel() for each in parameters)
+    # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak
+    a_token = 4 * (18 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
+    return max(int(0.8 * (free_bytes - gradients_and_adam) / (longest * a_token)), 1)
+
+
+def _halved(config: TrainConfig, limit: int, error: torch.OutOfMemoryError) -> TrainConfig:
+    """The config with half the micro batch, whose gradients add up to the same; ValueError where that was done before."""
+    size = config.micro_batch_size
+    if size < limit or size == 1:
+        raise ValueError(
+            f"train: out of memory twice, the last time with micro batches of {size} sequences ({str(error).splitlines()[0]}). "
+            "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
+        ) from None
+    print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
+    return replace(config, micro_batch_size=size // 2)
 
 
 def _check_rows(rows: list[Row], config: TrainConfig) -> None:
