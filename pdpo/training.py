@@ -269,9 +269,7 @@ def train(
     limit = min(config.micro_batch_size, fitting_micro_batch(policy, rows))
     in_memory = replace(config, micro_batch_size=limit)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     history: list[dict] = []
     state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
     if state is not None:
