@@ -166,8 +166,8 @@ def row_losses(
             beta=config.beta, offset=offset, label_smoothing=config.label_smoothing,
         )  # fmt: skip
     margins = chosen - rejected
-    # a margin of exactly zero, as at the start, is right for half of the pairs, not for none
-    accuracy = (margins > 0).float() + 0.5 * (margins == 0).float()
+    # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
+    accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
     return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
