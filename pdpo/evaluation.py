@@ -115,3 +115,9 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def with_interval(key: str, values) -> dict[str, float]:
+    """{key: mean, key_low, key_high}: a figure's row entries for one value a prompt, with the 95 % bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}

@@ -1,9 +1,7 @@
 r"""A lab in which every response is enumerated, so that expectations are sums and nothing is estimated.
 
 With 4 symbols and length 4 there are 4^4 = 256 responses: the partition function, the optimum and the KL divergence, which
-a language model can only sample, are exact here. Use float64. All log-probabilities are in nats, over the last dimension.
-
-beta: KL strength; a larger beta keeps the policy closer to the reference.
+a language model can only sample, are exact here. Use float64.
 """
 
 from collections.abc import Callable, Iterable
@@ -114,13 +112,8 @@ def implicit_scores(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
 
 
 def all_responses(num_symbols: int, length: int) -> Tensor:
-    """Every response of `length` symbols, in the order of counting.
+    """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting.
 
-    Args:
-        num_symbols: symbols are 0 .. num_symbols - 1.
-        length: symbols in a response.
-    Returns:
-        (num_symbols ** length, length) int64.
     Raises:
         ValueError: fewer than 2 symbols, length < 1, or more than 10,000 responses.
     """
@@ -167,12 +160,8 @@ class TabularPolicy(nn.Module):
 class SharedWeightPolicy(nn.Module):
     """A tiny autoregressive network: like a language model, it cannot change one response without changing others.
 
-    A two-layer perceptron reads the symbols so far and predicts the next one; all positions share it.
-
-    Args:
-        responses: (N, length) int64, every response (`all_responses`).
-        width: hidden units.
-        seed: of the initial weights.
+    A two-layer perceptron with `width` hidden units reads the symbols so far and predicts the next one; all positions share
+    it. `responses` are all of them (`all_responses`); `seed` draws the weights.
     """
 
     def __init__(self, responses: Tensor, *, width: int = 16, seed: int = 0):
@@ -199,28 +188,19 @@ class SharedWeightPolicy(nn.Module):
 
 
 def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_steps: int = 500) -> list[float]:
-    """Minimises a deterministic scalar loss in place with L-BFGS, until its gradient vanishes or `num_steps` are done.
+    """Minimises a deterministic scalar loss in place with L-BFGS; returns the loss at every evaluation, first to last.
 
     Args:
         loss: called without arguments; a scalar that carries the gradient.
         parameters: what to change; float64, or the last digits are lost.
-        num_steps: most L-BFGS iterations.
-    Returns:
-        The loss at every evaluation, first to last.
+        num_steps: most iterations; it stops earlier where the gradient vanishes.
     Raises:
         ValueError: num_steps < 1.
     """
     if num_steps < 1:
         raise ValueError(f"minimise: expected num_steps >= 1, got {num_steps}. 500 is enough for the lab's losses.")
-    optimizer = torch.optim.LBFGS(
-        list(parameters),
-        max_iter=num_steps,
-        max_eval=2 * num_steps,
-        history_size=50,
-        tolerance_grad=1e-13,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
+    stop = {"max_iter": num_steps, "max_eval": 2 * num_steps, "tolerance_grad": 1e-13, "tolerance_change": 0.0}
+    optimizer = torch.optim.LBFGS(list(parameters), history_size=50, line_search_fn="strong_wolfe", **stop)
     history: list[float] = []
 
     def closure() -> Tensor:

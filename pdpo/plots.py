@@ -77,6 +77,36 @@ def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
     axes.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
 
 
+def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
+    """Loss per token on training batches and on held-out prompts against optimizer steps, a band over seeds.
+
+    Args:
+        runs: `experiments.Run`s of SFT, one a seed.
+        title: the figure's claim.
+    Returns:
+        The figure and its rows.
+    """
+    keys = {"training batch": "loss", "held-out prompts": "eval_loss"}
+    rows = [
+        {"seed": run.seed, "step": row["step"], "part": part, "loss": row[key]}
+        for run in runs
+        for part, key in keys.items()
+        for row in run.history
+        if key in row
+    ]
+    figure, axes = plt.subplots()
+    for style, part in enumerate(keys):
+        mine = [row for row in rows if row["part"] == part]
+        band(axes, sorted({row["step"] for row in mine}), by_seed(mine, "loss"), style=style, label=part)
+    axes.lines[0].set(marker="", linewidth=0.8)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title(f"{title}\n(line: mean over seeds; band: their range)")
+    axes.legend()
+    return figure, rows
+
+
 def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     """Held-out loss and KL per epoch, a column a method, a line a beta, a band over seeds (the report's Fig. 3).
 

@@ -36,7 +36,7 @@ class Preset:
     offset_scale: str = "log"
 
     micro_batch_size: int = 64  # sequences in memory at a time
-    num_evaluations: int = 5  # held-out measurements along a run
+    num_evaluations: int = 10  # held-out measurements along a run
     num_kl_prompts: int = 64  # prompts sampled for the KL at each of them
     checkpoint_seconds: float = 30.0
 

@@ -79,8 +79,8 @@ LOOKUPS = {  # family: (three phrasings, reference sentence, "item answer, ...")
 }
 NUM_RULE_ITEMS = 75
 WORDS = (
-    "apple river stone cloud tiger lemon paper chair green house music bread horse night ocean plant queen robot sugar "
-    "table uncle water zebra bridge candle dragon engine flower garden hammer island jacket kitten ladder mirror needle"
+    "apple bread candle dragon engine flower garden horse island jacket kitten lemon mirror needle ocean paper queen river "
+    "sugar table uncle water"
 ).split()
 GOOD = "great lovely superb charming brilliant delightful wonderful excellent moving funny".split()
 BAD = "awful boring terrible dull dreadful poor horrible tedious weak annoying".split()
@@ -145,6 +145,8 @@ def split(records: list[Preference], *, seed: int) -> tuple[list[Preference], li
             held_out = []  # the fact's only phrasing here: it is to be taught
         (validation if rng.random() < 0.4 else test).extend(held_out)
         train.extend(group[len(held_out) :])
+    for part in (train, validation, test):
+        rng.shuffle(part)  # families mixed, so that the first few prompts of a part stand for all
     return train, validation, test
 
 

@@ -81,8 +81,9 @@ def python():
         variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | environment
         variables = {key: value for key, value in variables.items() if value is not None}
         process = subprocess.Popen(
-            [sys.executable, *arguments], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, *arguments], env=variables, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         started.append(process)
         return process
 

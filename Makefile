@@ -1,0 +1,30 @@
+# make run: every notebook on the preset that fits this machine. make test: everything that can be checked without a GPU.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+
+.PHONY: run test lint clean
+
+run: $(VENV)/.installed
+	$(BIN)/python -m pdpo run
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+	@echo "now every notebook, cell by cell, against its stored outputs"
+	PDPO_PRESET=tiny $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval notebooks
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check pdpo tests notebooks benchmarks
+	$(BIN)/ruff format --check pdpo tests benchmarks
+
+# torch first: an open range would let another package choose a build of several gigabytes
+$(VENV)/.installed: requirements.txt pyproject.toml .ci/constraints.txt
+	@echo "installing into $(VENV) (once; some minutes, about 2 GB on a machine without a GPU)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

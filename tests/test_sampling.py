@@ -1,0 +1,152 @@
+"""Sampling: padding, caching and dropping finished rows change nothing; frequencies are those of the softmax."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from digits import DigitTokenizer, random_policy, response_logps, responses
+from scipy.stats import chisquare
+
+from pdpo.encoding import Encoded
+from pdpo.sampling import sample
+
+TOKENIZER = DigitTokenizer()
+PROMPTS = ["1", "12", "3 4 1 2 3", "2 2 1", "4321 1234 4321", "3", "4", "21", "33 12", "1 1 1 1 1 1 1 1"]
+
+
+def tokens(prompt: str) -> list[int]:
+    return TOKENIZER(prompt).input_ids
+
+
+def greedy(policy, prompts, **options) -> list:
+    return sample(policy, TOKENIZER, prompts, temperature=0, max_new_tokens=12, seed=0, **options)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A policy whose greedy responses to PROMPTS end at several lengths, so that rows are dropped along the way."""
+    for seed in range(100):
+        policy = random_policy(seed)
+        samples = greedy(policy, PROMPTS)
+        lengths = {len(each.encoded.input_ids) - each.encoded.num_prompt for each in samples if each.finished}
+        if len(lengths) >= 3 and not all(each.finished for each in samples):
+            return policy
+    raise AssertionError("no such policy")
+
+
+@pytest.mark.parametrize("batch_size", [3, 512])
+def test_greedy_sampling_of_a_batch_equals_one_by_one(policy, batch_size):
+    together = greedy(policy, PROMPTS, batch_size=batch_size)
+    assert together == [greedy(policy, [prompt])[0] for prompt in PROMPTS]
+    assert [each.prompt for each in together] == PROMPTS
+
+
+def test_temperature_zero_equals_transformers_generate(policy):
+    for each in greedy(policy, PROMPTS):
+        ids = torch.tensor([tokens(each.prompt)])
+        expected = policy.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=0, pad_token_id=0
+        )
+        assert each.encoded == Encoded(expected[0].tolist(), ids.shape[1])
+        assert each.finished == (expected[0, -1].item() == 0)
+
+
+def test_temperature_zero_is_the_argmax_of_a_plain_forward_pass(policy):
+    for each in greedy(policy, PROMPTS):
+        ids, num_prompt = each.encoded
+        with torch.no_grad():
+            best = policy(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        assert ids[num_prompt:] == best[num_prompt - 1 : -1]
+
+
+def test_finished_rows_end_in_their_only_eos_and_others_are_as_long_as_allowed(policy):
+    for each in sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=6, seed=1, num_samples=20):
+        prompt, response = each.encoded.input_ids[: each.encoded.num_prompt], each.encoded.input_ids[each.encoded.num_prompt :]
+        assert prompt == tokens(each.prompt)
+        assert response.index(0) == len(response) - 1 if each.finished else 0 not in response and len(response) == 6
+        assert each.text == TOKENIZER.decode([token for token in response if token != 0])
+
+
+def test_next_token_frequencies_match_the_softmax_at_temperature(policy):
+    """Whole responses of up to 3 tokens, two prompts of different length in one batch, rows ending on the way."""
+    prompts, num_samples = ["12", "3 4 1 2 3 4"], 6000
+    for temperature in (0.7, 1.0):
+        samples = sample(
+            policy, TOKENIZER, prompts, temperature=temperature, max_new_tokens=3, seed=4, num_samples=num_samples
+        )  # fmt: skip
+        every = responses(5, 3)
+        for prompt in prompts:
+            expected = response_logps(policy, tokens(prompt), every, temperature=temperature).exp()
+            assert expected.sum().item() == pytest.approx(1)
+            counts = Counter(
+                tuple(each.encoded.input_ids[each.encoded.num_prompt :]) for each in samples if each.prompt == prompt
+            )
+            assert sum(counts.values()) == num_samples
+            often = expected * num_samples >= 5
+            observed = [counts[response] for response, keep in zip(every, often, strict=True) if keep]
+            wanted = (expected[often] * num_samples).tolist()
+            rest = num_samples - sum(wanted)
+            if rest > 5:
+                observed, wanted = [*observed, num_samples - sum(observed)], [*wanted, rest]
+            else:
+                wanted = [each * sum(observed) / sum(wanted) for each in wanted]
+            assert len(wanted) > 5 and chisquare(observed, wanted).pvalue > 1e-4
+
+
+def test_samples_of_a_prompt_stand_side_by_side_and_differ(policy):
+    samples = sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=8, seed=0, num_samples=4)
+    assert [each.prompt for each in samples] == [prompt for prompt in PROMPTS for _ in range(4)]
+    assert len({each.text for each in samples if each.prompt == "12"}) > 1
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(policy):
+    def draw(seed):
+        return sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=8, seed=seed, num_samples=3)
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = draw(0)
+    assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
+    torch.manual_seed(2)
+    assert draw(0) == first != draw(1)
+
+
+def test_a_real_tokenizer_reads_its_own_samples_back(tiny_tokenizer):
+    policy = random_policy(0, vocab_size=800, scale=0.05)
+    prompts = ["What is the capital of France?", "Is 12 odd or even?"]
+    for each in sample(policy, _short(tiny_tokenizer), prompts, temperature=1.0, max_new_tokens=8, seed=0, num_samples=3):
+        response = each.encoded.input_ids[each.encoded.num_prompt :]
+        assert each.text == tiny_tokenizer.decode(response[:-1] if each.finished else response).strip()
+
+
+def _short(tokenizer):
+    """The same tokenizer with the digit policies' context."""
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 32
+    return tokenizer
+
+
+def test_long_prompts_are_cut_from_the_left_to_leave_room(policy):
+    (long,) = sample(policy, TOKENIZER, ["1234" * 20], temperature=0, max_new_tokens=12, seed=0)
+    assert long.encoded.input_ids[: long.encoded.num_prompt] == tokens("1234" * 20)[-20:]
+    assert len(long.encoded.input_ids) <= 32
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"temperature": -0.5}, "temperature > 0"),
+        ({"temperature": math.nan}, "temperature > 0"),
+        ({"temperature": 0, "num_samples": 2}, "num_samples=1"),
+        ({"num_samples": 0}, "num_samples 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens from 1 to 31, got 0"),
+        ({"max_new_tokens": 32}, "max_new_tokens from 1 to 31, got 32"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(policy, options, words):
+    with pytest.raises(ValueError, match=f"sample: expected .*{words}"):
+        sample(policy, TOKENIZER, **({"prompts": ["1"], "temperature": 1.0, "max_new_tokens": 4, "seed": 0} | options))

@@ -1,0 +1,370 @@
+"""Training: gradients that do not depend on micro batches, runs that survive being killed, limits that coincide."""
+
+import json
+import math
+import random
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+
+from pdpo.checkpoint import load_checkpoint, save_checkpoint, write_json
+from pdpo.encoding import collate
+from pdpo.training import (
+    Row,
+    TrainConfig,
+    batch_indices,
+    evaluate_rows,
+    learning_rate,
+    micro_batches,
+    policy_logps,
+    row_losses,
+    train,
+    train_step,
+    with_reference_logps,
+)
+
+WORKER = str(Path(worker.__file__))
+DPO = TrainConfig("dpo", 5, 8, 1e-3, beta=0.1)
+
+
+@pytest.fixture(params=["sft", "dpo", "plackett_luce"])
+def method(request) -> str:
+    return request.param
+
+
+def gradient(policy) -> torch.Tensor:
+    return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
+
+
+def same(one, other) -> bool:
+    """Whether two (nested) results are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def step_without_update(policy, rows, config) -> tuple[dict, torch.Tensor]:
+    """What train_step reports and the gradient it leaves; clipping is out of the way."""
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    return train_step(policy, optimizer, rows, replace(config, max_grad_norm=1e9)), gradient(policy)
+
+
+# one step
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 10])
+def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
+    policy, rows, config = worker.parts(method)
+    rows = rows[:13]
+    whole, expected = step_without_update(policy, rows, replace(config, micro_batch_size=1000))
+    parts, found = step_without_update(policy, rows, replace(config, micro_batch_size=micro_batch_size))
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert parts == pytest.approx(whole, rel=1e-5, abs=1e-5)
+
+
+def test_micro_batches_hold_every_row_once_and_no_more_sequences_than_allowed():
+    _, rows, _ = worker.parts("plackett_luce")
+    for limit in (1, 4, 9, 100):
+        parts = micro_batches(range(len(rows)), rows, limit)
+        assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+        assert all(sum(len(rows[i].sequences) for i in part) <= max(limit, 4) for part in parts)
+        lengths = [rows[i].num_tokens for part in parts for i in part]
+        assert lengths == sorted(lengths)
+
+
+def test_the_sft_loss_is_transformers_own_loss_with_its_gradient():
+    policy, rows, config = worker.parts("sft")
+    rows = rows[:16]
+    record, found = step_without_update(policy, rows, config)
+    batch = collate([row.sequences[0] for row in rows], pad_id=0)
+    labels = batch.input_ids.masked_fill(~batch.response_mask, -100)
+    policy.zero_grad()
+    loss = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=labels).loss
+    loss.backward()
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert (found - gradient(policy)).norm() < 1e-5 * found.norm()
+
+
+@pytest.mark.parametrize("method, expected", [("dpo", math.log(2)), ("plackett_luce", math.log(24))])
+def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings(method, expected):
+    policy, rows, config = worker.parts(method)
+    record, _ = step_without_update(policy, rows, config)
+    assert record["loss"] == pytest.approx(expected, abs=1e-5)
+    for key in ("margin", "chosen_reward", "rejected_reward"):
+        assert record[key] == pytest.approx(0, abs=1e-5)
+    assert evaluate_rows(policy, rows, config)["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_margin_of_zero_counts_as_half_right():
+    policy, rows, config = worker.parts("dpo")
+    same_twice = [replace(row, sequences=row.sequences[:1] * 2, reference_logps=(0.0, 0.0)) for row in rows[:4]]
+    assert step_without_update(policy, same_twice, config)[0]["accuracy"] == 0.5
+
+
+def test_reference_logps_equal_recomputation_one_by_one_and_keep_the_order():
+    policy, rows, _ = worker.parts("plackett_luce")
+    again = with_reference_logps(policy, [Row(row.sequences, 0.25) for row in rows], micro_batch_size=9)
+    for row, stored in zip(rows, again, strict=True):
+        alone = policy_logps(policy, [row])[0]
+        torch.testing.assert_close(torch.tensor(stored.reference_logps), alone, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(row.reference_logps), alone, rtol=1e-6, atol=1e-5)
+        assert stored.sequences == row.sequences and stored.offset == 0.25
+
+
+def test_two_ranked_responses_under_plackett_luce_are_dpo():
+    policy, rows, config = worker.parts("dpo")
+    train(policy, rows, config, show_progress=False)  # away from the reference
+    results = []
+    for method in ("dpo", "plackett_luce"):
+        losses, measured = row_losses(policy, rows, replace(config, method=method))
+        policy.zero_grad()
+        losses.mean().backward()
+        results.append((losses.detach(), measured, gradient(policy)))
+    (losses, measured, slope), (other_losses, other_measured, other_slope) = results
+    assert losses.std() > 0.01
+    torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-6)
+    for key in measured:
+        assert torch.equal(measured[key], other_measured[key])
+    assert (slope - other_slope).norm() < 1e-5 * slope.norm()
+
+
+def test_an_offset_reaches_its_own_row():
+    policy, rows, config = worker.parts("odpo")
+    offsets = [0.0, 1.0, -2.0, 0.5]
+    losses, _ = row_losses(policy, [replace(row, offset=offset) for row, offset in zip(rows, offsets, strict=False)], config)
+    expected = [math.log1p(math.exp(offset)) for offset in offsets]
+    torch.testing.assert_close(losses.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reference_logps", [(math.nan, 0.0), (math.inf, 0.0)])
+def test_a_loss_that_is_not_finite_is_refused_and_the_policy_stays_as_it_was(reference_logps):
+    policy, rows, config = worker.parts("dpo")
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    rows[3] = replace(rows[3], reference_logps=reference_logps)
+    with pytest.raises(ValueError, match="train_step: expected a finite loss.*Lower the learning rate"):
+        train_step(policy, torch.optim.AdamW(policy.parameters(), lr=1.0), rows[:8], config)
+    assert same(before, dict(policy.state_dict()))
+
+
+def test_gradients_are_clipped_to_max_grad_norm_and_reported_before():
+    policy, rows, config = worker.parts("sft")
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    record = train_step(policy, optimizer, rows[:8], replace(config, max_grad_norm=0.5))
+    assert record["grad_norm"] > 0.6 and gradient(policy).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+# the schedule
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(10, 4), (7, 7), (3, 8), (100, 1), (64, 32)])
+def test_batches_are_pure_and_every_epoch_holds_every_row_once(num_rows, batch_size):
+    steps = 3 * num_rows
+    batches = [batch_indices(num_rows, batch_size, seed=1, step=step) for step in range(steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    torch.manual_seed(0)
+    assert batches[::-1] == [batch_indices(num_rows, batch_size, seed=1, step=step) for step in reversed(range(steps))]
+    flat = [i for batch in batches for i in batch]
+    epochs = [flat[start : start + num_rows] for start in range(0, len(flat), num_rows)]
+    assert all(sorted(epoch) == list(range(num_rows)) for epoch in epochs)
+    if num_rows >= 7:
+        assert epochs[0] != epochs[1] and flat != [
+            i for step in range(steps) for i in batch_indices(num_rows, batch_size, seed=2, step=step)
+        ]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 100])
+def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth(steps):
+    config = TrainConfig("sft", steps, 1, 2.0, warmup=0.1)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    warmup = max(round(0.1 * steps), 1)
+    assert rates[:warmup] == pytest.approx([2.0 * (step + 1) / warmup for step in range(warmup)])
+    assert max(rates) == pytest.approx(2.0) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert all(rate > 0.2 for rate in rates[warmup:])
+    assert steps == 1 or learning_rate(config, steps) == pytest.approx(0.2)
+    if steps == 100:
+        assert learning_rate(config, 55) == pytest.approx(1.1)  # half way down the cosine
+
+
+def test_history_has_a_dict_for_each_step_and_measurements_where_asked(method):
+    policy, rows, config = worker.parts(method)
+    config = replace(config, steps=7)
+    seen = []
+    history = train(
+        policy, rows, config, held_out=rows[:5], evaluate_every=3, show_progress=False,
+        measure=lambda policy: seen.append(policy.training) or {"eval_kl": 0.5},
+    )  # fmt: skip
+    assert [record["step"] for record in history] == list(range(8))
+    assert (
+        [record["step"] for record in history if "eval_loss" in record]
+        == [0, 3, 6, 7]
+        == [record["step"] for record in history if record.get("eval_kl") == 0.5]
+    )
+    assert len(seen) == 4 and not policy.training
+    assert [record["lr"] for record in history[1:]] == [learning_rate(config, step) for step in range(7)]
+    assert history[-1]["epoch"] == pytest.approx(7 * 8 / len(rows))
+    keys = {"loss", "grad_norm", "lr", "epoch", "step"}
+    if method != "sft":
+        keys |= {"margin", "accuracy", "chosen_reward", "rejected_reward"}
+    assert set(history[1]) == keys
+    json.dumps(history)
+
+
+def test_training_lowers_the_loss_of_its_own_rows(method):
+    policy, rows, config = worker.parts(method)
+    before = evaluate_rows(policy, rows, config)["eval_loss"]
+    train(policy, rows, config, show_progress=False)
+    assert evaluate_rows(policy, rows, config)["eval_loss"] < before - (1.0 if method == "sft" else 0.05)
+
+
+def test_the_training_code_turns_no_dropout_on(method):
+    policy, rows, config = worker.parts(method)
+    rows = rows[:4]
+    with torch.no_grad():
+        training = policy_logps(policy.train(), rows)
+        assert torch.equal(training, policy_logps(policy.eval(), rows))
+
+
+def test_odpo_whose_offsets_are_all_zero_is_dpo_bit_for_bit():
+    results = []
+    for method in ("dpo", "odpo"):
+        policy, rows, config = worker.parts(method)
+        history = train(policy, rows, config, held_out=rows[:4], show_progress=False)
+        results.append({"weights": dict(policy.state_dict()), "history": history})
+    assert same(*results)
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"method": "ppo"}, "method in .*'plackett_luce'.*got 'ppo'"),
+        ({"beta": None}, "beta > 0 for dpo, got None.*a larger beta keeps the policy closer to the reference"),
+        ({"beta": 0.0}, "beta > 0"),
+        ({"beta": -1.0}, "beta > 0"),
+        ({"beta": math.nan}, "beta > 0"),
+        ({"method": "sft"}, "beta None for sft"),
+        ({"method": "plackett_luce", "label_smoothing": 0.1}, "label_smoothing 0 for plackett_luce"),
+        ({"precision": "float64"}, "precision in .*got 'float64'"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+        ({"lr": 0.0}, "lr > 0"),
+        ({"lr": math.nan}, "lr > 0"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(change, words):
+    with pytest.raises(ValueError, match=f"TrainConfig: expected .*{words}"):
+        replace(DPO, **change)
+
+
+@pytest.mark.parametrize(
+    "method, rows, words",
+    [
+        ("sft", lambda rows: [], "at least one row"),
+        ("dpo", lambda rows: [replace(row, reference_logps=None) for row in rows], r"rows \[0, 1.*with_reference_logps"),
+        ("dpo", lambda rows: [replace(rows[0], sequences=rows[0].sequences * 2)], r"K = 2 responses, got K in \[4\].*data.pairs"),
+        ("plackett_luce", lambda rows: [*rows, replace(rows[0], sequences=rows[0].sequences[:3])], r"one K >= 2.*\[3, 4\]"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_suit_the_method_are_refused(method, rows, words):
+    policy, good, config = worker.parts(method)
+    with pytest.raises(ValueError, match=f"train: .*{words}"):
+        train(policy, rows(good), config, show_progress=False)
+
+
+# checkpoints
+
+
+def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    save_checkpoint(file, {"config": asdict(DPO), "step": 3})
+    assert load_checkpoint(file, asdict(DPO))["step"] == 3
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(file, asdict(replace(DPO, beta=0.3, steps=9)))
+    assert "beta (saved 0.1, now 0.3), steps (saved 5, now 9)." in str(caught.value) and "lr" not in str(caught.value)
+    policy, rows, config = worker.parts("dpo")
+    with pytest.raises(ValueError, match="these fields differ: .*seed"):
+        train(policy, rows, config, checkpoint=file, show_progress=False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another pickle", "no config"])
+def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path, damage):
+    file = tmp_path / "checkpoint.pt"
+    save_checkpoint(file, {"config": asdict(DPO), "policy": {"weight": torch.zeros(1000)}})
+    content = {"cut": file.read_bytes()[:-500], "empty": b"", "text": b"hello " * 99}
+    if damage in content:
+        file.write_bytes(content[damage])
+    else:
+        torch.save(Path if damage == "another pickle" else {"step": 3}, file)
+    with pytest.raises(ValueError, match="checkpoint.pt: expected a checkpoint.*Remove it"):
+        load_checkpoint(file, asdict(DPO))
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    assert load_checkpoint(tmp_path / "checkpoint.pt", asdict(DPO)) is None
+
+
+def test_writing_json_and_checkpoints_leaves_nothing_else_behind(tmp_path):
+    for _ in range(2):
+        save_checkpoint(tmp_path / "a.pt", {"config": {}})
+        write_json(tmp_path / "b.json", {"x": [1, "é"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.json"]
+    assert json.loads((tmp_path / "b.json").read_text(encoding="utf-8")) == {"x": [1, "é"]}
+
+
+# killed runs
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, dict]:
+    return {method: worker.run(method, None) for method in ("sft", "dpo")}
+
+
+def test_a_run_killed_at_a_random_step_resumes_and_ends_with_the_same_bits(unbroken, python, tmp_path):
+    method, expected = "dpo", unbroken["dpo"]
+    checkpoint = tmp_path / "checkpoint.pt"
+    process = python(WORKER, method, str(checkpoint), str(tmp_path / "never"))
+    last = random.randrange(2, worker.STEPS - 2)
+    print("killed after step", last)
+    for _ in range(last + 1):  # one announcement comes before the first step
+        assert process.stdout.readline() == "step\n"
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+    time.sleep(0.02 * random.random())  # anywhere in saving step `last` or in computing the next
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "never").exists()
+    saved = torch.load(checkpoint, weights_only=True)["step"]
+    assert saved in (last - 1, last)
+    out = tmp_path / "out.pt"
+    process = python(WORKER, method, str(checkpoint), str(out))
+    announced, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert announced.count("step") == worker.STEPS - saved  # it did go on, not start afresh
+    assert same(torch.load(out, weights_only=True), expected)
+
+
+def test_a_run_killed_while_saving_resumes_from_the_save_before(unbroken, python, tmp_path):
+    method, expected = "sft", unbroken["sft"]
+    checkpoint = tmp_path / "checkpoint.pt"
+    process = python(WORKER, method, str(checkpoint), str(tmp_path / "never"), DIE_WHILE_SAVING="7")
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert torch.load(checkpoint, weights_only=True)["step"] == 6
+    assert same(worker.run(method, checkpoint), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]  # no half-written file
+
+
+def test_the_same_seed_gives_the_same_bits_in_two_processes(unbroken, output, tmp_path):
+    output(WORKER, "sft", "", str(tmp_path / "out.pt"))
+    assert same(torch.load(tmp_path / "out.pt", weights_only=True), unbroken["sft"])

@@ -1,0 +1,73 @@
+"""A short training run, for tests that kill it: `python worker.py METHOD CHECKPOINT OUT` announces its steps."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from pdpo import toy
+from pdpo.data import pairs
+from pdpo.encoding import encode_records
+from pdpo.models import load_policy, train_tokenizer
+from pdpo.presets import Preset
+from pdpo.training import Row, TrainConfig, train, with_reference_logps
+
+STEPS = 30
+PRESET = Preset("worker", vocab_size=400, embedding=32, layers=2, heads=2, context=80)
+
+
+def parts(method: str):
+    """A random policy, rows and a config for one method."""
+    records = toy.load()[::40]
+    tokenizer = train_tokenizer(records, vocab_size=400)
+    policy = load_policy(PRESET, tokenizer=tokenizer, seed=1)
+    if method in ("dpo", "odpo"):
+        records = pairs(records, num_per_prompt=2)
+    rows = [Row(tuple(each)) for each in encode_records(tokenizer, records, max_length=80)]
+    if method == "sft":
+        rows = [Row((each,)) for row in rows for each in row.sequences]
+    else:
+        rows = with_reference_logps(load_policy(PRESET, tokenizer=tokenizer, seed=1), rows, micro_batch_size=16)
+    beta = None if method == "sft" else 0.1
+    return policy, rows, TrainConfig(method, STEPS, 8, 3e-3, beta=beta, micro_batch_size=8, seed=3)
+
+
+def run(method: str, checkpoint: Path | None, *, announce: bool = False) -> dict:
+    """The final weights and history; with `announce`, each step is printed when it is done."""
+    policy, rows, config = parts(method)
+
+    def measure(policy) -> dict:
+        if announce:
+            print("step", flush=True)
+            sys.stdin.readline()  # whoever kills this process lets it take one step at a time
+        return {"eval_norm": float(sum(weight.detach().norm() for weight in policy.parameters()))}
+
+    history = train(
+        policy, rows, config, held_out=rows[:8], measure=measure, evaluate_every=1,
+        checkpoint=checkpoint, checkpoint_seconds=0.0, show_progress=False,
+    )  # fmt: skip
+    return {"weights": policy.state_dict(), "history": history}
+
+
+def die_while_saving(step: int) -> None:
+    """Makes torch.save write half of the step's checkpoint and then kill this process."""
+    save = torch.save
+
+    def half(state, file):
+        save(state, file)
+        if state["step"] == step:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("DIE_WHILE_SAVING"):
+        die_while_saving(int(os.environ["DIE_WHILE_SAVING"]))
+    result = run(sys.argv[1], Path(sys.argv[2]) if sys.argv[2] else None, announce=True)
+    torch.save(result, sys.argv[3])
