@@ -71,8 +71,9 @@ def compare(shape: str, arguments) -> None:
     expected = results["pdpo plain (policy_logps)"][0]["losses"]
     rate = statistics.median(rates)
     device = results["pdpo plain (policy_logps)"][0]["device"]
-    print(f"\nGPT-2-{shape} shape, batches of {arguments.pairs} pairs, {device}, {arguments.threads} threads, "
-          f"{arguments.rounds} rounds of {arguments.steps} steps, {'processor' if arguments.cpu_time else 'elapsed'} seconds; matrix product {rate / 1e9:.0f} GFLOP/s")  # fmt: skip
+    kind = "processor" if arguments.cpu_time else "elapsed"
+    print(f"\nGPT-2-{shape} shape, batches of {arguments.pairs} pairs, {device}, {arguments.threads} threads, {kind} seconds,")
+    print(f"{arguments.rounds} rounds of {arguments.steps} steps; matrix product {rate / 1e9:.0f} GFLOP/s")
     tokens = results["pdpo fast (shared_policy_logps)"][0]["tokens"]
     print(f"tokens a batch: {tokens['padded']:.0f} padded, {tokens['real']:.0f} real, {tokens['tree']:.0f} in the tree\n")
     names = list(VARIANTS)
@@ -80,8 +81,10 @@ def compare(shape: str, arguments) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, runs in results.items():
         times = [statistics.mean(each["seconds"][1:]) for each in runs]
-        ratios = [statistics.median(statistics.mean(other["seconds"][1:]) / mine for other, mine in zip(results[base], times))
-                  for base in (names[1], names[2])]  # fmt: skip
+        ratios = []
+        for base in (names[1], names[2]):
+            theirs = [statistics.mean(each["seconds"][1:]) for each in results[base]]
+            ratios.append(statistics.median(other / mine for other, mine in zip(theirs, times, strict=True)))
         used = f"{runs[0]['flops'] / seconds[name] / rate:.2f}" if "flops" in runs[0] else ""
         difference = max(abs(a - b) for each in runs for a, b in zip(each["losses"], expected, strict=True))
         print(f"| {name} | {seconds[name]:.3g} | {min(times):.3g}-{max(times):.3g} | {ratios[0]:.2f} | {ratios[1]:.2f} "
@@ -160,7 +163,9 @@ def tokenizer_of(folder: str):
     from pdpo.models import load_tokenizer
     from pdpo.presets import get_preset
 
-    vocabulary = os.environ.get("PDPO_GPT2_TOKENIZER", str(Path(__file__).resolve().parents[2] / "shared/models/gpt2-tokenizer"))
+    vocabulary = os.environ.get(
+        "PDPO_GPT2_TOKENIZER", str(Path(__file__).resolve().parents[2] / "shared/models/gpt2-tokenizer")
+    )
     return load_tokenizer(replace(get_preset("small"), tokenizer=vocabulary, context=1024))
 
 
@@ -271,7 +276,11 @@ def time_trl(setting: dict, clock, folder: str, steps: int, pairs: int) -> dict:
     )  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trainer = DPOTrainer(
-        policy, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer_of(folder), callbacks=[Clock()]
+        policy,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer_of(folder),
+        callbacks=[Clock()],
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
