@@ -166,8 +166,8 @@ def row_losses(
             beta=config.beta, offset=offset, label_smoothing=config.label_smoothing,
         )  # fmt: skip
     margins = chosen - rejected
-    # a margin of exactly zero, as at the start, is right for half of the pairs, not for none
-    accuracy = (margins > 0).float() + 0.5 * (margins == 0).float()
+    # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
+    accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
     return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
@@ -269,9 +269,7 @@ def train(
     limit = min(config.micro_batch_size, fitting_micro_batch(policy, rows))
     in_memory = replace(config, micro_batch_size=limit)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     history: list[dict] = []
     state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
     if state is not None:
