@@ -28,7 +28,7 @@ from pdpo.data import Preference, fingerprint, load_split, pairs
 from pdpo.encoding import encode_records
 from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
 from pdpo.losses import score_offset
-from pdpo.models import load_judge, load_policy, load_tokenizer
+from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, device, get_preset
 from pdpo.sampling import sample
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
@@ -149,7 +149,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
         "all_responses": preset.sft_all_responses,
     }
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict:
         tokenizer = load_tokenizer(preset, train_records)
         policy = load_policy(preset, tokenizer=tokenizer, seed=seed).to(device())
         rows, held_out = (
@@ -161,6 +161,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
             for records in (train_records, validation)
         )
         _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out)
+        return {"model": preset.model, "model_revision": model_revision(preset.model)}  # which nothing pins
 
     determinants = {
         "train": asdict(config),
@@ -373,7 +374,10 @@ def _load_run(preset: Preset, path: Path, config: dict) -> Run:
 
 
 def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
-    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration."""
+    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
+
+    What build returns, if anything, goes on record beside the environment.
+    """
     config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
     path = runs_dir() / preset.name / f"{name}-{key}"
@@ -392,8 +396,10 @@ def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Ca
         if not path.is_dir():  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             partial.mkdir(exist_ok=True)
-            build(partial)
-            write_json(partial / "stage.json", {"config": config, "environment": environment(began)})
+            if device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            facts = build(partial) or {}
+            write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
             os.replace(partial, path)
     finally:
         lock.release()
