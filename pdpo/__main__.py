@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.out is not None:
         experiments.check_new_folder(options.out)
-    name = options.preset or ("gpt2-medium" if device().type == "cuda" and "gpt2-medium" in PRESETS else "small")
+    name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
     changes = {
         "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
         "preference_steps": options.steps, "preference_lr": options.lr, "alpha": options.alpha,

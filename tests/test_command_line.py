@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from malformed import MALFORMED
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdpo import runner
 from pdpo.__main__ import main
+from pdpo.presets import PRESETS
 
 
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
@@ -78,6 +80,8 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     if not tokenizer.is_dir():
         pytest.skip(f"needs GPT-2's vocabulary in {tokenizer}")
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    short = replace(PRESETS["small"], num_evaluations=1, num_kl_prompts=4, max_new_tokens=12)
+    monkeypatch.setitem(PRESETS, "small", short)
     steps = ["--sft-steps", "8", "--steps", "4", "--lr", "1e-3"]
     out = tmp_path / "out"
     status = main(["train", "--tokenizer", str(tokenizer), "--method", "dpo", "odpo", *steps, "--out", str(out)])
