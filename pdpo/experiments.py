@@ -334,6 +334,34 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     return [results[i] for i in range(len(settings))]
 
 
+def run_info(preset: Preset, stages: list) -> dict:
+    """What a figure was made with: its preset, data, model and seeds, the machine of each stage, minutes, peak memory.
+
+    Args:
+        preset: of the stages.
+        stages: Runs and Evaluations that the figure was drawn from.
+    """
+    records = [json.loads((stage.path / "stage.json").read_text(encoding="utf-8")) for stage in stages]
+    environments = [record["environment"] for record in records]
+    together = {
+        key: sorted({str(each[key]) for each in environments})
+        for key in ("python", "torch", "transformers", "device", "model_revision")
+        if any(each.get(key) for each in environments)
+    }
+    return {
+        "preset": preset.name,
+        "precision": preset.precision,
+        "data": preset.data,
+        "data_sha256": sorted({record["config"]["data"] for record in records}),
+        "model": preset.model or "random weights",
+        "seeds": sorted({record["config"].get("seed", record["config"].get("train", {}).get("seed")) for record in records}),
+        **together,
+        "minutes": round(sum(each["minutes"] for each in environments), 2),
+        "peak_memory_mb": max(each["peak_memory_mb"] for each in environments),
+        "stages": sorted(stage.path.name for stage in stages),
+    }
+
+
 def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
     """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
     offsets = [0.0] * len(records)
