@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -265,7 +265,13 @@ def run_win_rate(
         temperature: of the sampling, >= 0.
         wait: False raises Busy where another process is at it.
         options: more arguments of `run_preference`.
+    Raises:
+        ValueError: a beta or an option for "sft", which has none.
     """
+    if method == "sft" and (beta is not None or options):
+        raise ValueError(
+            f"run_win_rate: expected no beta and no options for sft, got beta {beta} and {options}. Leave them out."
+        )
     preset = get_preset(preset)
     sft = run_sft(preset, seed=seed, wait=wait)
     run = sft if method == "sft" else run_preference(preset, method=method, beta=beta, seed=seed, wait=wait, **options)
@@ -357,7 +363,7 @@ def run_info(preset: Preset, stages: list) -> dict:
         "seeds": sorted({record["config"].get("seed", record["config"].get("train", {}).get("seed")) for record in records}),
         **together,
         "minutes": round(sum(each["minutes"] for each in environments), 2),
-        "peak_memory_mb": max(each["peak_memory_mb"] for each in environments),
+        "peak_memory_mb": max((each["peak_memory_mb"] or 0 for each in environments)),
         "stages": sorted(stage.path.name for stage in stages),
     }
 
@@ -440,15 +446,23 @@ def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Ca
 def environment(began: float) -> dict:
     """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
     cuda = device().type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "minutes": round((time.monotonic() - began) / 60, 3),
-        "peak_memory_mb": round(peak),
+        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else _peak_memory_mb(),
     }
+
+
+def _peak_memory_mb() -> int | None:
+    """This process's largest resident memory so far; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 @functools.cache  # of the code that this process loaded, whatever happens to the files meanwhile
