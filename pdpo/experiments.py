@@ -363,7 +363,7 @@ def run_info(preset: Preset, stages: list) -> dict:
         "seeds": sorted({record["config"].get("seed", record["config"].get("train", {}).get("seed")) for record in records}),
         **together,
         "minutes": round(sum(each["minutes"] for each in environments), 2),
-        "peak_memory_mb": max((each["peak_memory_mb"] or 0 for each in environments)),
+        "peak_memory_mb": max(each["peak_memory_mb"] or 0 for each in environments),
         "stages": sorted(stage.path.name for stage in stages),
     }
 

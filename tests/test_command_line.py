@@ -9,7 +9,7 @@ import pytest
 from malformed import MALFORMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pdpo import runner
+from pdpo import experiments, runner
 from pdpo.__main__ import main
 from pdpo.presets import PRESETS
 
@@ -43,6 +43,13 @@ def test_a_file_with_too_few_prompts_says_so(tmp_path, capsys):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     assert main(["train", "--data", str(path)]) == 2
     assert "prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, word", [(["--beta", "0"], "beta"), (["--beta", "nan"], "beta"), (["--steps", "0"], "steps")])
+def test_bad_hyperparameters_are_refused_before_anything_is_trained(monkeypatch, capsys, options, word):
+    monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
+    assert main(["train", "--data", "toy", *options]) == 2
+    assert word in capsys.readouterr().err
 
 
 def test_results_never_overwrite_a_folder_that_holds_something(tmp_path, capsys):
