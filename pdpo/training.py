@@ -266,7 +266,10 @@ def train(
     _check_rows(rows, config)
     device = next(policy.parameters()).device
     logps_of = fastest_logps(policy, rows)
-    limit = min(config.micro_batch_size, fitting_micro_batch(policy, rows))
+    limit = config.micro_batch_size
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        limit = min(limit, fitting_micro_batch(policy, rows, free_bytes))
     in_memory = replace(config, micro_batch_size=limit)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -357,22 +360,16 @@ def micro_batches(indices, rows: list[Row], max_sequences: int) -> list[list[int
     return parts
 
 
-def fitting_micro_batch(policy, rows: list[Row], free_bytes: int | None = None) -> int:
+def fitting_micro_batch(policy, rows: list[Row], free_bytes: int) -> int:
     """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
 
     Args:
         policy: on its device, before its first gradient.
         rows: what it will train on.
-        free_bytes: on the device; None asks a CUDA device. A CPU is never asked: there the answer is all of them.
+        free_bytes: of that device.
     """
-    parameters = list(policy.parameters())
-    if free_bytes is None:
-        if parameters[0].device.type != "cuda":
-            return 2 * len(rows) * len(rows[0].sequences)
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        free_bytes = torch.cuda.mem_get_info()[0] + cached
     config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
-    gradients_and_adam = 12 * sum(each.numel() for each in parameters)
+    gradients_and_adam = 12 * sum(each.numel() for each in policy.parameters())
     # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak
     a_token = 4 * (18 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
     return max(int(0.8 * (free_bytes - gradients_and_adam) / (longest * a_token)), 1)
