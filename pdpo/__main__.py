@@ -80,8 +80,10 @@ def _train(options: argparse.Namespace) -> int:
         )
         evaluation = experiments.run_win_rate(preset, **settings)
         wins = evaluation.column("win")
-        low, high = bootstrap_interval(wins)
-        print(f"{method}: SBERT win rate {wins.mean():.3f} [{low:.3f}, {high:.3f}] on {len(wins)} test prompts, temperature 1")
+        (low, high), ties = bootstrap_interval(wins), sum(row["win"] == 0.5 for row in evaluation.rows) / len(evaluation.rows)
+        print(
+            f"{method}: SBERT win rate {wins.mean():.3f} [{low:.3f}, {high:.3f}], ties {ties:.3f}, at temperature 1 ({len(wins)} prompts)"
+        )
         for row in evaluation.rows[:: max(len(evaluation.rows) // 2, 1)][:2]:
             print(f"  {row['prompt'][:70]!r} -> {row['text'][:90]!r}")
         if options.out is not None and method in options.method:

@@ -30,7 +30,7 @@ class Preset:
 
     preference_steps: int = 100
     preference_batch_size: int = 32  # pairs
-    preference_lr: float = 3e-4
+    preference_lr: float = 2e-4
     pairs_per_prompt: int | None = 2  # None: all pairs
     alpha: float = 0.5  # ODPO's strength
     offset_scale: str = "log"
@@ -55,7 +55,7 @@ PRESETS = {
     "small": Preset(
         "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
         sft_steps=200, sft_batch_size=16, sft_lr=2e-3, sft_all_responses=False,
-        preference_steps=60, preference_batch_size=8, preference_lr=3e-4, pairs_per_prompt=None,
+        preference_steps=60, preference_batch_size=8, preference_lr=2e-4, pairs_per_prompt=None,
         micro_batch_size=16, num_kl_prompts=16, num_samples=1, max_new_tokens=64, seeds=(0,), betas=(0.1, 0.3, 0.7, 1.0),
     ),
 }  # fmt: skip

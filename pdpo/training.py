@@ -172,8 +172,8 @@ def row_losses(
             offset = torch.tensor([row.offset for row in rows], device=logps.device)
             losses, chosen, rejected = dpo_loss(*pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing)
     margins = chosen - rejected
-    # a margin of exactly zero, as at the start, is right for half of the pairs, not for none
-    accuracy = (margins > 0).float() + 0.5 * (margins == 0).float()
+    # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
+    accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
     return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
@@ -276,11 +276,7 @@ def train(
     in_memory = replace(config, micro_batch_size=limit)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    optimizer = (
-        torch.optim.SGD(policy.parameters(), **shared)
-        if config.optimizer == "sgd"
-        else torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), **shared)
-    )
+    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW)(policy.parameters(), **shared)
     history: list[dict] = []
     state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
     if state is not None:

@@ -32,8 +32,8 @@ def preset(folder: Path, **changes) -> Preset:
 def announce_steps() -> None:
     step = training.train_step
 
-    def announced(*arguments):
-        record = step(*arguments)
+    def announced(*arguments, **options):
+        record = step(*arguments, **options)
         print("step", flush=True)
         sys.stdin.readline()
         return record

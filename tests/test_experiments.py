@@ -308,7 +308,7 @@ def test_a_stage_killed_on_its_way_resumes_where_it_stopped_and_ends_with_the_sa
     (partial,) = (runs_dir() / "quick").glob("*.partial")
     (partial / ".checkpoint.pt.partial").write_bytes(b"half")  # as if it had been killed while saving, too
     steps, step = [], training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *arguments: steps.append(1) or step(*arguments))
+    monkeypatch.setattr(training, "train_step", lambda *arguments, **options: steps.append(1) or step(*arguments, **options))
     resumed = run_sft(quick)
     assert len(steps) == quick.sft_steps - 4
     assert not partial.exists() and sorted(path.name for path in resumed.path.iterdir()) == [

@@ -103,6 +103,8 @@ def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings(method, expe
     for key in ("margin", "chosen_reward", "rejected_reward"):
         assert record[key] == pytest.approx(0, abs=1e-5)
     assert evaluate_rows(policy, rows, config)["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    evaluated = evaluate_rows(policy, rows, config)["eval_accuracy"]
+    assert record["accuracy"] == pytest.approx(0.5) and evaluated == pytest.approx(0.5)  # not the sign of rounding errors
 
 
 def test_a_margin_of_zero_counts_as_half_right():
