@@ -180,6 +180,7 @@ def run_preference(
     alpha: float | None = None,
     offset_scale: str | None = None,
     records: list[Preference] | None = None,
+    num_evaluations: int | None = None,
     wait: bool = True,
     **options,
 ) -> Run:
@@ -192,16 +193,18 @@ def run_preference(
         seed: of the SFT stage, of which pairs are drawn and of their order.
         alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Without scores in the data offsets are 0.
             Scale "mean" is a control: every pair has the mean of the "log" offsets, whatever its own scores.
+        num_evaluations: held-out measurements along the run; None is the preset's number. They take a third of its time.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         wait: False raises Busy where another process is at it or at its SFT stage.
         options: more fields of `TrainConfig`, such as label_smoothing, or others than the preset's.
     """
+    sft = run_sft(preset, seed=seed, wait=wait)
+    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
     config = TrainConfig(**{
         "method": method, "steps": preset.preference_steps, "batch_size": preset.preference_batch_size,
         "lr": preset.preference_lr, "beta": beta, "micro_batch_size": preset.micro_batch_size,
         "precision": preset.precision, "seed": seed, **options,
     })  # fmt: skip
-    sft = run_sft(preset, seed=seed, wait=wait)
     train_records, validation, _ = load_split(preset.data)
     held_out_records = validation if method == "plackett_luce" else pairs(validation)
     if records is None:
