@@ -100,6 +100,19 @@ def resampled(statistic, frontiers: list[Frontier], *, num_resamples: int = 1000
     return np.array(values)
 
 
+def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
+    """One dict a point: method, beta, and kl and score, each with the ends of its 95 % interval over seeds and prompts."""
+    rows = []
+    for method, frontier in frontiers.items():
+        low, high = np.quantile(resampled(lambda points: np.stack(points[0]), [frontier]), [0.025, 0.975], axis=0)  # (2, B)
+        for i, beta in enumerate(frontier.betas):
+            row = {"method": method, "beta": beta}
+            for j, (key, values) in enumerate(zip(("kl", "score"), frontier.points(), strict=True)):
+                row |= {key: float(values[i]), f"{key}_low": float(low[j, i]), f"{key}_high": float(high[j, i])}
+            rows.append(row)
+    return rows
+
+
 def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
     """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, and each seed's own height."""
     values = resampled(lambda points: height_between(*points), [frontier, other])

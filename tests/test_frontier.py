@@ -15,6 +15,7 @@ from pdpo.frontier import (
     Frontier,
     bootstrapped_rankings,
     fit_reward_head,
+    frontier_rows,
     height_between,
     height_with_interval,
     last_hidden,
@@ -95,6 +96,14 @@ def test_resamples_draw_seeds_and_prompts_and_are_reproducible():
     values = resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400)
     assert {0.0, 5.5, 11.0} <= set(values) <= {0, 0.5, 1, 5, 5.5, 6, 10, 10.5, 11}
     assert np.array_equal(values, resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400))
+
+
+def test_frontier_rows_hold_every_point_with_its_interval():
+    rows = frontier_rows({"one": flat([1, 2], noise=1.0), "two": flat([3])})
+    assert [(row["method"], row["beta"], row["kl"]) for row in rows] == [("one", 1.0, 1), ("one", 0.5, 2), ("two", 1.0, 1)]
+    for row in rows:
+        assert row["score_low"] <= row["score"] <= row["score_high"] and row["kl_low"] == row["kl_high"] == row["kl"]
+    assert rows[0]["score_high"] - rows[0]["score_low"] > 0.3 and rows[2]["score_low"] == 3
 
 
 class Judge:
