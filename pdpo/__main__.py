@@ -8,7 +8,7 @@ from pathlib import Path
 from pdpo import data, experiments
 from pdpo.evaluation import bootstrap_interval
 from pdpo.presets import PRESETS, device
-from pdpo.training import METHODS
+from pdpo.training import METHODS, TrainConfig
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
 
@@ -56,13 +56,15 @@ def _run(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.out is not None:
         experiments.check_new_folder(options.out)
-    name = options.preset or ("gpt2-medium" if device().type == "cuda" and "gpt2-medium" in PRESETS else "small")
+    name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
     changes = {
         "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
         "preference_steps": options.steps, "preference_lr": options.lr, "alpha": options.alpha,
     }  # fmt: skip
     preset = replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
-    records = data.load_preferences(preset.data)  # first: a malformed file is refused before anything starts
+    records = data.load_preferences(preset.data)  # bad input is refused before anything is trained
+    for method in set(options.method) - {"sft"}:
+        TrainConfig(method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=options.beta)
     experiments.start(preset)
     parts = data.load_split(preset.data)
     print("prompts of {} rows: {} to train on, {} to watch, {} to test".format(len(records), *map(len, parts)))

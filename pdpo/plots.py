@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pdpo.checkpoint import write_json
+
 # distinguishable in black and white: line style and marker differ as well as colour
 STYLES = [
     {"color": "#0b5394", "linestyle": "-", "marker": "o"},
@@ -33,13 +35,14 @@ plt.rcParams.update(
 )
 
 
-def save_figure(figure: Figure, path: str | Path, rows: list[dict]) -> Path:
-    """Writes the figure as `path`.png and its rows as `path`.csv, each through a temporary file.
+def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dict | None = None) -> Path:
+    """Writes the figure as `path`.png, its rows as `path`.csv and info as `path`.run_info.json, through temporary files.
 
     Args:
         figure: what was drawn.
         path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
         rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
+        info: what the rows were made with, `experiments.run_info`; None for what no run went into.
     Returns:
         The PNG's path.
     Raises:
@@ -60,6 +63,8 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict]) -> Path:
     os.replace(temporary, target.with_name(target.name + ".csv"))
     figure.savefig(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, target.with_name(target.name + ".png"))
+    if info is not None:
+        write_json(target.with_name(target.name + ".run_info.json"), info)
     return target.with_name(target.name + ".png")
 
 

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from malformed import MALFORMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pdpo import runner
+from pdpo import experiments, runner
 from pdpo.__main__ import main
+from pdpo.presets import PRESETS
 
 
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
@@ -41,6 +43,13 @@ def test_a_file_with_too_few_prompts_says_so(tmp_path, capsys):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     assert main(["train", "--data", str(path)]) == 2
     assert "prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, word", [(["--beta", "0"], "beta"), (["--beta", "nan"], "beta"), (["--steps", "0"], "steps")])
+def test_bad_hyperparameters_are_refused_before_anything_is_trained(monkeypatch, capsys, options, word):
+    monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
+    assert main(["train", "--data", "toy", *options]) == 2
+    assert word in capsys.readouterr().err
 
 
 def test_results_never_overwrite_a_folder_that_holds_something(tmp_path, capsys):
@@ -78,6 +87,8 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     if not tokenizer.is_dir():
         pytest.skip(f"needs GPT-2's vocabulary in {tokenizer}")
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    short = replace(PRESETS["small"], num_evaluations=1, num_kl_prompts=4, max_new_tokens=12)
+    monkeypatch.setitem(PRESETS, "small", short)
     steps = ["--sft-steps", "8", "--steps", "4", "--lr", "1e-3"]
     out = tmp_path / "out"
     status = main(["train", "--tokenizer", str(tokenizer), "--method", "dpo", "odpo", *steps, "--out", str(out)])

@@ -163,3 +163,9 @@ def test_a_named_data_set_without_its_file_says_how_to_get_it_by_hand(tmp_path, 
 def test_the_pinned_digest_is_that_of_the_real_file(shared_data):
     name, url, sha256 = data.SOURCES["instructions"]
     assert file_sha256(shared_data / name) == sha256 and url.endswith("/" + name)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, server):
+    (tmp_path / "file").write_text("in the way of a folder")
+    with pytest.raises(ValueError, match="cannot be written"):
+        download.download(f"{server}/good.json", tmp_path / "file" / "cache" / "data.json", SHA256)

@@ -225,6 +225,7 @@ def test_training_lowers_the_loss_of_its_own_rows(method):
     policy, rows, config = worker.parts(method)
     before = evaluate_rows(policy, rows, config)["eval_loss"]
     train(policy, rows, config, show_progress=False)
+    assert not policy.training  # ready to sample from
     assert evaluate_rows(policy, rows, config)["eval_loss"] < before - (1.0 if method == "sft" else 0.05)
 
 

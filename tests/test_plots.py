@@ -1,0 +1,57 @@
+"""Figures: saved whole, beside the rows they were drawn from and the record of what they were made with."""
+
+import csv
+import json
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import pytest  # noqa: E402
+
+from pdpo import plots  # noqa: E402
+
+
+@pytest.fixture
+def figure():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], [1, 2])
+    yield figure
+    plt.close("all")
+
+
+def test_a_figure_is_saved_beside_its_rows_and_its_record(figure, tmp_path):
+    rows = [{"x": 0, "y": 1 / 3}, {"x": 1, "y": 2.0}]
+    path = plots.save_figure(figure, tmp_path / "deep" / "name", rows, info={"seed": 1})
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "deep" / "name.csv", newline="", encoding="utf-8") as file:
+        assert [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)] == rows
+    assert json.loads((tmp_path / "deep" / "name.run_info.json").read_text()) == {"seed": 1}
+    assert sorted(each.name for each in path.parent.iterdir()) == ["name.csv", "name.png", "name.run_info.json"]
+
+
+@pytest.mark.parametrize("rows", [[], [{"x": 1}, {"y": 2}]])
+def test_rows_that_were_not_drawn_are_refused_and_nothing_is_written(figure, tmp_path, rows):
+    with pytest.raises(ValueError, match="all with the same keys"):
+        plots.save_figure(figure, tmp_path / "name", rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_band_is_the_mean_and_the_range_over_seeds(figure):
+    axes = figure.axes[0]
+    plots.band(axes, [0, 1], [[1.0, 2.0], [3.0, 6.0]], style=0, label="line")
+    assert axes.lines[-1].get_ydata().tolist() == [2.0, 4.0]
+    corners = axes.collections[-1].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (1.0, 6.0)
+
+
+def test_a_method_without_a_beta_is_drawn_as_a_level_with_its_interval():
+    rows = [{"method": "SFT", "beta": None, "win": 0.5, "win_low": 0.4, "win_high": 0.6}]
+    rows += [{"method": "DPO", "beta": beta, "win": 0.7, "win_low": 0.6, "win_high": 0.8} for beta in (0.1, 1.0)]
+    figure, drawn = plots.lines_with_intervals([("win", "win rate")], rows, x="beta", xlabel="beta", title="claim", log_x=True)
+    axes = figure.axes[0]
+    assert drawn == rows
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["SFT", "DPO"]
+    assert axes.get_xscale() == "log" and "95 % intervals" in figure.get_suptitle()
+    plt.close(figure)
