@@ -12,6 +12,7 @@ from reprlib import repr as short
 from pdpo.download import locate
 from pdpo.encoding import encode, response_fits
 
+_ODPO_DATA = "https://raw.githubusercontent.com/rycolab/odpo/6152f67c8cddc223ca5affc7e261d967568068ee/data/"
 SOURCES = {  # name -> (file name, public address, sha256)
     "instructions": (
         "instruction-data-with-preference.json",
@@ -19,7 +20,23 @@ SOURCES = {  # name -> (file name, public address, sha256)
         "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
         "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
     ),
+    "imdb": (
+        "imdb-sft-test.jsonl",
+        _ODPO_DATA + "imdb-sft-test.jsonl",
+        "9b19fb1dad943dd7a4fbe054ae005cedb458fbc904a493ca71942fbae3b2b613",
+    ),
+    "tldr": (
+        "tldr-sft-train-rel.json",
+        _ODPO_DATA + "tldr-sft-train-rel.json",
+        "4faccc9ca37b64e2f848b89c8381560dadaa805b624507932b9692e6a32e9fff",
+    ),
+    "tldr-test": (
+        "tldr-sft-test-rel.json",
+        _ODPO_DATA + "tldr-sft-test-rel.json",
+        "d982894172f9873409b45e2b703ab8ac9af7d789dbe96e630b18fd84ad59f0ea",
+    ),
 }
+SCORED_NAMES = ("imdb", "tldr", "tldr-test")  # ODPO's data, whose rows `read_scored` gathers by prompt
 CHOSEN_SCORE_KEYS = ("chosen_score", "score_chosen")
 REJECTED_SCORE_KEYS = ("rejected_score", "score_rejected")
 
@@ -83,8 +100,9 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
     """The records of a named data set or of a file.
 
     Args:
-        path_or_name: "toy" (embedded), "instructions" (found in $PDPO_DATA_DIR or the cache, else downloaded), or a .json
-            file with a list of objects, or a .jsonl file with an object a line. An object has one of the shapes
+        path_or_name: "toy" (embedded), "instructions", "imdb", "tldr" or "tldr-test" (found in $PDPO_DATA_DIR or the cache,
+            else downloaded; the last three by `read_scored`), or a .json file with a list of objects, or a .jsonl file with
+            an object a line. An object has one of the shapes
             {prompt, chosen, rejected, [chosen_score, rejected_score]}          TRL's columns (score_chosen too)
             {prompt, responses, [scores]}                                       best first
             {instruction, [input], chosen, rejected}                            the `instructions` data set
@@ -93,6 +111,8 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
     Raises:
         ValueError: anything malformed, with file, row and key; nothing is half-read.
     """
+    if str(path_or_name) in SCORED_NAMES:
+        return read_scored(locate(*SOURCES[str(path_or_name)]))[0]
     if str(path_or_name) == "toy":
         from pdpo import toy  # not above: toy needs Preference from here
 
@@ -105,6 +125,44 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
             f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))} or a .json or .jsonl file, got {str(path)!r}."
         )
     return _read(path)
+
+
+def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
+    """ODPO's scored data: K responses to each prompt, sorted by score, and what was left out on the way.
+
+    In these files most continuations lack the space that would join them to their prompt ("shocking" + "for the time"). Here
+    nothing is joined: the one template puts a line break between prompt and response, and both are stripped, so that a text
+    with the space and one without are the same text.
+
+    Args:
+        path: .jsonl with {prompt, text, reward} a line (`imdb`), or .json with {prompt: {responses, rewards}} (`tldr`).
+    Returns:
+        Records in the order of their prompts' first rows, best response first; and counts: empty (responses without text),
+        repeated (rows merged with an equal text of their prompt, which keeps the mean score), alone (prompts left with one
+        response), tied (prompts whose responses all score the same).
+    Raises:
+        ValueError: anything malformed, with file, row and key.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    dropped = dict.fromkeys(("empty", "repeated", "alone", "tied"), 0)
+    for where, prompt, text, score in _scored_rows(path):
+        if not isinstance(prompt, str) or not isinstance(text, str) or not _is_finite_number(score):
+            raise ValueError(
+                f"{path}, {where}: expected two texts and a finite score, got {short((prompt, text, score))}. Mend the row."
+            )
+        of_prompt = scores.setdefault(prompt.strip(), {})
+        dropped["empty"] += not text.strip()
+        dropped["repeated"] += text.strip() in of_prompt
+        if text.strip():
+            of_prompt.setdefault(text.strip(), []).append(score)
+    records = []
+    for prompt, of_prompt in scores.items():
+        ranked = sorted(((sum(each) / len(each), text) for text, each in of_prompt.items()), key=lambda item: -item[0])
+        dropped["alone"] += len(ranked) < 2
+        dropped["tied"] += len(ranked) >= 2 and ranked[0][0] == ranked[-1][0]
+        if len(ranked) >= 2 and ranked[0][0] > ranked[-1][0]:
+            records.append(Preference(prompt, tuple(text for _, text in ranked), tuple(score for score, _ in ranked)))
+    return records, dropped
 
 
 def identical(record: Preference) -> bool:
@@ -163,16 +221,23 @@ def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed:
 
     Args:
         records: K >= 2 responses each, best first.
-        num_per_prompt: how many of the K(K-1)/2 pairs, drawn without replacement; None is all of them.
+        num_per_prompt: how many of the K(K-1)/2 pairs, drawn without replacement; None is all of them, each once.
         seed: of the draw.
     Returns:
-        Pairs in the order of `records`. Pairs of one text twice are left out: they teach nothing.
+        Pairs in the order of `records`; training shuffles them, so that those of one prompt spread over batches. Left out:
+        pairs of one text twice, which teach nothing, and ties of a ranking with K > 2, whose order is an accident.
     """
     rng = random.Random(seed)
     made = []
     for record in records:
         num = len(record.responses)
-        choices = [(i, j) for i in range(num) for j in range(i + 1, num) if record.responses[i] != record.responses[j]]
+        ranks = record.scores if record.scores is not None and num > 2 else range(num)
+        choices = [
+            (i, j)
+            for i in range(num)
+            for j in range(i + 1, num)
+            if record.responses[i] != record.responses[j] and ranks[i] != ranks[j]
+        ]
         if num_per_prompt is not None and num_per_prompt < len(choices):
             choices = sorted(rng.sample(choices, num_per_prompt))
         for i, j in choices:
@@ -266,6 +331,27 @@ def _read(path: Path) -> list[Preference]:
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
     return records
+
+
+def _scored_rows(path: Path):
+    """(where, prompt, text, score) for each row of a scored file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                row = _parse(f"{path}, line {number}", line)
+                if not isinstance(row, dict) or not {"prompt", "text", "reward"} <= row.keys():
+                    raise ValueError(f"{path}, line {number}: expected {{'prompt', 'text', 'reward'}}, got {short(row)}.")
+                yield f"line {number}", row["prompt"], row["text"], row["reward"]
+        return
+    for prompt, row in _parse(str(path), text).items():
+        lists = [row.get(key) for key in ("responses", "rewards")] if isinstance(row, dict) else [row]
+        if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) != 1 or len(lists) != 2:
+            raise ValueError(
+                f"{path}, prompt {short(prompt)}: expected 'responses' and as many 'rewards', got {short(row)}. Mend the row."
+            )
+        for number, (response, score) in enumerate(zip(*lists, strict=True), 1):
+            yield f"prompt {short(prompt)}, response {number}", prompt, response, score
 
 
 def _parse(where: str, text: str):

@@ -181,31 +181,38 @@ def run_preference(
     seed: int = 0,
     alpha: float | None = None,
     offset_scale: str | None = None,
-    label_smoothing: float = 0.0,
+    records: list[Preference] | None = None,
+    num_evaluations: int | None = None,
     wait: bool = True,
+    **options,
 ) -> Run:
     """Preference training, afresh from the SFT stage of the same seed.
 
     Args:
         preset: sizes, data, steps.
-        method: "dpo", "odpo" or "plackett_luce".
+        method: "dpo", "odpo", "slic" or "plackett_luce".
         beta: KL strength; a larger beta keeps the policy closer to the reference.
         seed: of the SFT stage, of which pairs are drawn and of their order.
         alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Without scores in the data offsets are 0.
-        label_smoothing: see `dpo_loss`.
+            Scale "mean" is a control: every pair has the mean of the "log" offsets, whatever its own scores.
+        num_evaluations: held-out measurements along the run; None is the preset's number. They take a third of its time.
+        records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         wait: False raises Busy where another process is at it or at its SFT stage.
+        options: more fields of `TrainConfig`, such as label_smoothing, or others than the preset's.
     """
     preset = get_preset(preset)
-    config = TrainConfig(
-        method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta,
-        label_smoothing=label_smoothing, micro_batch_size=preset.micro_batch_size, precision=preset.precision, seed=seed,
-    )  # fmt: skip
+    config = TrainConfig(**{
+        "method": method, "steps": preset.preference_steps, "batch_size": preset.preference_batch_size,
+        "lr": preset.preference_lr, "beta": beta, "micro_batch_size": preset.micro_batch_size,
+        "precision": preset.precision, "seed": seed, **options,
+    })  # fmt: skip
     sft = run_sft(preset, seed=seed, wait=wait)
+    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
     train_records, validation, _ = load_split(preset.data)
-    records, held_out_records = train_records, validation
-    if method != "plackett_luce":
-        records = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
-        held_out_records = pairs(validation)
+    held_out_records = validation if method == "plackett_luce" else pairs(validation)
+    if records is None:
+        ranked = method == "plackett_luce"
+        records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
     offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
 
     def build(folder: Path) -> None:
@@ -374,7 +381,9 @@ def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha:
     scored = [i for i, record in enumerate(records) if record.scores is not None]
     if method == "odpo" and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        for i, value in zip(scored, score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale=scale).tolist(), strict=True):
+        values = score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale="log" if scale == "mean" else scale)
+        values = values.mean().expand(len(scored)) if scale == "mean" else values
+        for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
     encoded = encode_records(tokenizer, records)
     return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]

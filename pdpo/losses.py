@@ -225,6 +225,43 @@ def ipo_loss(
     return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
+def slic_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+    regularization: float,
+) -> PairLoss:
+    r"""SLiC-HF: a hinge on the pair's log-probabilities themselves, and a pull on a good response; no reference inside.
+
+    .. math:: \mathcal{L} = \max\Big( 0, \; \tfrac{1}{\beta} - \log \pi_\theta(y_w|x) + \log \pi_\theta(y_l|x) \Big)
+              - \lambda \log \pi_\theta(y_w|x)
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
+        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants; the rewards are reported against them.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
+        regularization: lambda >= 0, how much the likelihood of the chosen response counts.
+    Returns:
+        PairLoss; losses in nats. Pairs ranked right by more than 1 / beta nats have no gradient but that of lambda's term.
+    Raises:
+        ValueError: shapes that differ, beta <= 0 or not finite, regularization < 0.
+    Source:
+        Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response.
+    """
+    _check_pairs("slic_loss", policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_beta("slic_loss", beta)
+    if not regularization >= 0:
+        raise ValueError(
+            f"slic_loss: expected regularization >= 0, got {regularization}. A negative one unlearns good responses."
+        )
+    losses = (1 / beta - policy_chosen_logps + policy_rejected_logps).clamp(min=0) - regularization * policy_chosen_logps
+    chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps  # (B,)
+    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
 def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
     r"""PPO's clipped surrogate, negated: no gain from moving a probability further than the clip in the good direction.
 

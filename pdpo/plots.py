@@ -188,3 +188,34 @@ def lines_with_intervals(
     grid[0, 0].legend()
     figure.suptitle(f"{title}\n(bars and shades: 95 % intervals)", fontsize=11)
     return figure, rows
+
+
+def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figure, list[dict]]:
+    """Score against KL, a line a method through its betas, with 95 % intervals in both directions.
+
+    Args:
+        rows: `frontier.frontier_rows`; a method with beta None (SFT) is one point.
+        ylabel: what the score is.
+        title: the figure's claim.
+    Returns:
+        The figure and its rows.
+    """
+    figure, axes = plt.subplots(figsize=(7.0, 4.8))
+    for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
+        kl, score = ([row[key] for row in mine] for key in ("kl", "score"))
+        error = [
+            np.abs([[row[f"{key}_{end}"] - row[key] for row in mine] for end in ("low", "high")]) for key in ("kl", "score")
+        ]
+        look = STYLES[style % len(STYLES)]
+        axes.errorbar(kl, score, xerr=error[0], yerr=error[1], elinewidth=0.7, capsize=2, label=method, **look)
+        for row in mine:
+            if row["beta"] is not None:
+                text = f"{row['beta']:g}"
+                axes.annotate(
+                    text, (row["kl"], row["score"]), (4, 4), textcoords="offset points", fontsize=7, color=look["color"]
+                )
+    axes.set(xlabel="KL(policy || reference) (nats a response)", ylabel=ylabel)
+    axes.set_title(f"{title}\n(numbers: beta; bars: 95 % intervals over seeds and prompts)")
+    axes.legend()
+    return figure, rows

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.encoding import Encoded, collate
 from pdpo.logps import sequence_logps
-from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss
+from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss, slic_loss
 from pdpo.trees import supports_trees, tree_logps
 
-METHODS = ("sft", "dpo", "odpo", "plackett_luce")
+METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
+SLIC_REGULARIZATION = 0.1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,12 +30,13 @@ class TrainConfig:
     """One run's hyperparameters; a checkpoint refuses to go on under other ones.
 
     Attributes:
-        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets) or "plackett_luce".
+        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "slic" or "plackett_luce".
         beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT alone.
         steps: optimizer steps.
         batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
-        lr: AdamW's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
+        lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
         label_smoothing: see `dpo_loss`.
+        optimizer: "adam" (AdamW) or "sgd" (without momentum).
         max_grad_norm: gradients are scaled down to this norm.
         micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
         precision: "float32", "bfloat16" or "float16" activations; the weights are float32.
@@ -49,6 +51,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     warmup: float = 0.05
     weight_decay: float = 0.0
+    optimizer: str = "adam"
     max_grad_norm: float = 1.0
     micro_batch_size: int = 64
     precision: str = "float32"
@@ -70,6 +73,8 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: expected label_smoothing 0 for {self.method}, got {self.label_smoothing}. DPO reads it."
             )
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"TrainConfig: expected optimizer 'adam' or 'sgd', got {self.optimizer!r}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"TrainConfig: expected precision in {tuple(PRECISIONS)}, got {self.precision!r}.")
         if self.steps < 1 or self.batch_size < 1 or self.micro_batch_size < 1 or not self.lr > 0:
@@ -160,11 +165,12 @@ def row_losses(
         rewards = config.beta * (logps - reference_logps).detach()
         chosen, rejected = rewards[:, 0], rewards[:, -1]
     else:
-        offset = torch.tensor([row.offset for row in rows], device=logps.device)
-        losses, chosen, rejected = dpo_loss(
-            *(logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1]),
-            beta=config.beta, offset=offset, label_smoothing=config.label_smoothing,
-        )  # fmt: skip
+        pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
+        if config.method == "slic":
+            losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+        else:
+            offset = torch.tensor([row.offset for row in rows], device=logps.device)
+            losses, chosen, rejected = dpo_loss(*pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing)
     margins = chosen - rejected
     # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
     accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
@@ -272,7 +278,8 @@ def train(
         limit = min(limit, fitting_micro_batch(policy, rows, free_bytes))
     in_memory = replace(config, micro_batch_size=limit)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW)(policy.parameters(), **shared)
     history: list[dict] = []
     state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
     if state is not None:

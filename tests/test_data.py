@@ -7,7 +7,21 @@ from collections import Counter
 import pytest
 from malformed import GOOD, LISTED, MALFORMED, SCORED
 
-from pdpo.data import Preference, data_report, fingerprint, identical, load_preferences, load_split, pairs, split
+from pdpo.data import (
+    SCORED_NAMES,
+    SOURCES,
+    Preference,
+    data_report,
+    fingerprint,
+    identical,
+    load_preferences,
+    load_split,
+    pairs,
+    read_scored,
+    split,
+)
+from pdpo.encoding import TEMPLATE, encode
+from pdpo.training import batch_indices
 
 # reading
 
@@ -167,6 +181,11 @@ def test_pairs_leave_out_one_text_twice():
     assert pairs([Preference("p", ("a", "a"))], num_per_prompt=1) == []
 
 
+def test_pairs_leave_out_the_ties_of_a_ranking_but_keep_a_pair_that_the_data_labels():
+    made = pairs([Preference("p", ("a", "b", "c"), (2, 2, 1)), Preference("q", ("d", "e"), (1, 1))])
+    assert [pair.responses for pair in made] == [("a", "c"), ("b", "c"), ("d", "e")]
+
+
 def test_drawn_pairs_are_distinct_as_many_as_asked_reproducible_and_dependent_on_the_seed():
     records = [Preference(f"p{i}", ("a", "b", "c", "d"), (4, 3, 2, 1)) for i in range(30)]
     made = pairs(records, num_per_prompt=2, seed=1)
@@ -175,6 +194,77 @@ def test_drawn_pairs_are_distinct_as_many_as_asked_reproducible_and_dependent_on
     assert Counter(pair.prompt for pair in made) == {f"p{i}": 2 for i in range(30)}
     assert len({pair.responses for pair in made}) == 6  # every kind of pair is drawn
     assert len(pairs(records, num_per_prompt=99)) == 180
+
+
+# scored data
+
+IMDB_ROWS = [
+    {"prompt": "I found it", "text": "dull.", "reward": 0.25},
+    {"prompt": "I found it", "text": "superb.", "reward": 1.75},
+    {"prompt": "The end", "text": "came.", "reward": 1.0},
+    {"prompt": "I found it ", "text": " , I must say, fine.", "reward": 1},  # white space on both sides; after another prompt
+    {"prompt": "I found it", "text": "", "reward": 1.9},  # empty, best by score
+    {"prompt": "The end", "text": " \n", "reward": 1.5},  # empty, which leaves its prompt one response
+    {"prompt": "I found it", "text": "superb. ", "reward": 1.25},  # repeated, with another score
+    {"prompt": "Ties", "text": "a", "reward": 1.0},
+    {"prompt": "Ties", "text": "b", "reward": 1.0},
+]
+TLDR_ROWS = {
+    "A long post\nof two lines ": {"responses": [" meh", " good", " meh ", ""], "rewards": [1, 7, 3, 2]},
+    "Alone": {"responses": [" one"], "rewards": [4]},
+    "None": {"responses": [], "rewards": []},
+    "Ties": {"responses": [" a", " b", " a"], "rewards": [4, 4, 4]},
+}
+
+
+def scored_file(folder, rows):
+    path = folder / ("rows.json" if isinstance(rows, dict) else "rows.jsonl")
+    path.write_text(json.dumps(rows) if isinstance(rows, dict) else "\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+def test_imdb_rows_are_gathered_by_prompt_sorted_by_score_and_what_is_odd_is_counted(tmp_path):
+    records, dropped = read_scored(scored_file(tmp_path, IMDB_ROWS))
+    assert records == [Preference("I found it", ("superb.", ", I must say, fine.", "dull."), (1.5, 1, 0.25))]
+    assert dropped == {"empty": 2, "repeated": 1, "alone": 1, "tied": 1}
+
+
+def test_tldr_rows_are_sorted_by_score_and_what_is_odd_is_counted(tmp_path):
+    records, dropped = read_scored(scored_file(tmp_path, TLDR_ROWS))
+    assert records == [Preference("A long post\nof two lines", ("good", "meh"), (7, 2))]
+    assert dropped == {"empty": 1, "repeated": 2, "alone": 1, "tied": 1}
+
+
+def test_a_text_with_the_space_at_the_junction_and_one_without_are_the_same_tokens(any_tokenizer):
+    glued, spaced = (encode(any_tokenizer, "It was real shocking", text) for text in ("for the time", " for the time"))
+    assert glued == spaced
+    text = any_tokenizer.decode(glued.input_ids[:-1])
+    assert text == TEMPLATE.format(prompt="It was real shocking") + "for the time" and "shockingfor" not in text
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([IMDB_ROWS[0], {"prompt": "p", "text": "t"}], "line 2: expected {'prompt', 'text', 'reward'}"),
+        ([IMDB_ROWS[0], ["p"]], "line 2: expected"),
+        ([IMDB_ROWS[0] | {"reward": None}], "line 1: expected two texts and a finite score, got ('I found it', 'dull.', None)"),
+        ([IMDB_ROWS[0] | {"reward": float("nan")}], "line 1: expected two texts and a finite score"),
+        ([IMDB_ROWS[0] | {"text": None}], "line 1: expected two texts"),
+        ([IMDB_ROWS[0] | {"prompt": 3}], "line 1: expected two texts"),
+        ({"p": {"responses": ["a", "b"], "rewards": [1]}}, "prompt 'p': expected 'responses' and as many 'rewards'"),
+        ({"p": {"responses": ["a"], "rewards": 1}}, "prompt 'p': expected 'responses'"),
+        (
+            {"p": {"responses": ["a", "b"], "rewards": [1, "2"]}},
+            "prompt 'p', response 2: expected two texts and a finite score",
+        ),
+        ({"p": ["a"]}, "prompt 'p': expected 'responses'"),
+    ],
+)
+def test_malformed_scored_rows_are_refused_by_file_and_row(tmp_path, rows, words):
+    path = scored_file(tmp_path, rows)
+    with pytest.raises(ValueError) as caught:
+        read_scored(path)
+    assert str(caught.value).startswith(f"{path}, ") and words in str(caught.value)
 
 
 # the report
@@ -237,3 +327,30 @@ def test_instructions_has_its_known_facts_and_does_not_leak(shared_data, monkeyp
     prompts = [{record.prompt for record in part} for part in parts]
     assert sum(map(len, prompts)) == len(set.union(*prompts))
     assert data_report(parts[0], gpt2_tokenizer, held_out=parts[1] + parts[2])["leaked_prompts"] == 0
+
+
+@pytest.mark.parametrize(
+    "name, prompts, responses, dropped, num_pairs",
+    [
+        ("imdb", 252, 2543, {"empty": 17, "repeated": 0, "alone": 0, "tied": 0}, 11874),
+        ("tldr", 567, 4065, {"empty": 0, "repeated": 32, "alone": 3, "tied": 2}, 9954),
+        ("tldr-test", 101, 759, {"empty": 0, "repeated": 74, "alone": 0, "tied": 1}, 2024),
+    ],
+)
+def test_the_scored_files_have_their_known_facts(shared_data, monkeypatch, name, prompts, responses, dropped, num_pairs):
+    monkeypatch.setenv("PDPO_DATA_DIR", str(shared_data))
+    records, counted = read_scored(shared_data / SOURCES[name][0])
+    assert (len(records), sum(len(record.responses) for record in records), counted) == (prompts, responses, dropped)
+    assert load_preferences(name) == records
+    made = pairs(records)
+    assert len(made) == len(set(made)) == num_pairs and all(pair.scores[0] > pair.scores[1] for pair in made)
+    prompts = [{record.prompt for record in part} for part in load_split(name)]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == len(records)
+
+
+def test_all_pairs_of_the_scored_files_spread_over_batches(shared_data):
+    for name in SCORED_NAMES:
+        made = pairs(read_scored(shared_data / SOURCES[name][0])[0])
+        batches = [batch_indices(len(made), 16, seed=0, step=step) for step in range(len(made) // 16)]
+        distinct = [len({made[i].prompt for i in batch}) for batch in batches]
+        assert sum(distinct) / len(distinct) > 13

@@ -169,6 +169,35 @@ def test_odpo_without_scores_is_dpo_and_says_so(quick, capsys):
     assert same_weights(*runs) and capsys.readouterr().out.count("no scores") == 1
 
 
+def test_odpo_with_alpha_zero_is_dpo_bit_for_bit(quick):
+    runs = [run_preference(quick, method="dpo", beta=0.1), run_preference(quick, method="odpo", beta=0.1, alpha=0.0)]
+    assert same_weights(*runs) and runs[0].history == runs[1].history
+
+
+def test_the_control_has_one_offset_for_all_pairs_the_mean_of_odpos(tiny_tokenizer):
+    records = pdpo.pairs(pdpo.load_preferences("toy")[:5])
+    log, mean = (
+        [row.offset for row in preference_rows(tiny_tokenizer, records, method="odpo", alpha=0.5, scale=scale)]
+        for scale in ("log", "mean")
+    )
+    assert set(mean) == {mean[0]} and mean[0] == pytest.approx(np.mean(log)) and len(set(log)) > 2
+
+
+def test_run_preference_trains_on_the_records_that_it_is_given(quick, trained):
+    train_records = pdpo.load_split(quick.data)[0]
+    made = pdpo.pairs(train_records, num_per_prompt=quick.pairs_per_prompt)
+    default = run_preference(quick, method="dpo", beta=0.1)
+    assert run_preference(quick, method="dpo", beta=0.1, records=made).path == default.path
+    fewer = run_preference(quick, method="dpo", beta=0.1, records=made[:9])
+    assert fewer.path != default.path and fewer.history[-1]["epoch"] == 6 * 8 / 9
+
+
+def test_options_reach_the_training_config(quick):
+    run = run_preference(quick, method="dpo", beta=0.1, steps=3, optimizer="sgd", max_grad_norm=2.0)
+    assert [run.config["train"][key] for key in ("steps", "optimizer", "max_grad_norm")] == [3, "sgd", 2.0]
+    assert len(run.history) == 4
+
+
 @pytest.mark.parametrize("method", ["sft", "ppo"])
 def test_run_preference_refuses_what_is_no_preference_method(quick, method):
     with pytest.raises(ValueError, match="TrainConfig: expected"):

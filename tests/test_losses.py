@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss
+from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
 
 LOG2, LOG3 = math.log(2), math.log(3)
 
@@ -378,6 +378,35 @@ def test_plackett_luce_losses_and_gradients_are_finite_and_right_at_ten_thousand
     assert gradient.isfinite().all() and gradient.abs().max() <= 2.01
 
 
+# SLiC-HF
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, beta, regularization, loss",
+    [
+        (-10, -10, 0.5, 0.0, 2),
+        (-10, -13, 0.5, 0.0, 0),
+        (-10, -11, 0.5, 0.0, 1),
+        (-12, -10, 1.0, 0.0, 3),
+        (-10, -11, 0.5, 0.1, 2),
+    ],
+)
+def test_slic_loss_equals_hand_worked_numbers_and_reports_rewards_against_the_reference(
+    chosen, rejected, beta, regularization, loss
+):
+    logps = [torch.tensor([float(value)]) for value in (chosen, rejected, -11, -12)]
+    losses, chosen_rewards, rejected_rewards = slic_loss(*logps, beta=beta, regularization=regularization)
+    assert losses.item() == pytest.approx(loss)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx((beta * (chosen + 11), beta * (rejected + 12)))
+
+
+def test_slic_pulls_only_on_pairs_below_its_margin_and_on_chosen_responses_by_the_regularization():
+    chosen, rejected = torch.tensor([-10.0, -10.0], requires_grad=True), torch.tensor([-11.0, -13.0], requires_grad=True)
+    losses = slic_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta=0.5, regularization=0.25).losses
+    slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    assert [slope.tolist() for slope in slopes] == [[-1.25, -0.25], [1.0, 0.0]]
+
+
 # Errors
 
 
@@ -387,6 +416,10 @@ def dpo(*shapes, beta=0.1, **arguments):
 
 def plackett_luce(policy=(2, 3), reference=(2, 3), beta=0.1):
     return plackett_luce_loss(torch.zeros(policy), torch.zeros(reference), beta=beta)
+
+
+def slic(*shapes, beta=0.1, regularization=0.0):
+    return slic_loss(*(torch.zeros(shape) for shape in shapes or [(3,)] * 4), beta=beta, regularization=regularization)
 
 
 def offset_of(chosen, rejected, **arguments):
@@ -426,6 +459,10 @@ def offset_of(chosen, rejected, **arguments):
         (lambda: plackett_luce((2, 1), (2, 1)), r"K >= 2, got \(2, 1\)"),
         (lambda: plackett_luce(beta=0.0), "plackett_luce_loss: expected .*beta > 0, got 0.0"),
         (lambda: plackett_luce(beta=-1.0), "beta > 0, got -1.0"),
+        (lambda: slic((3,), (3,), (2,), (3,)), r"slic_loss: expected four \(B,\).*\(2,\)"),
+        (lambda: slic(beta=0.0), "slic_loss: expected finite beta > 0, got 0.0"),
+        (lambda: slic(regularization=-0.1), "regularization >= 0, got -0.1"),
+        (lambda: slic(regularization=math.nan), "regularization >= 0, got nan"),
     ],
 )
 def test_each_misuse_raises_a_value_error_that_says_what_came(call, words):

@@ -15,6 +15,7 @@ import worker
 from pdpo.checkpoint import load_checkpoint, save_checkpoint, write_json
 from pdpo.encoding import collate
 from pdpo.training import (
+    SLIC_REGULARIZATION,
     Row,
     TrainConfig,
     batch_indices,
@@ -245,6 +246,30 @@ def test_odpo_whose_offsets_are_all_zero_is_dpo_bit_for_bit():
     assert same(*results)
 
 
+def test_slic_trains_on_the_papers_hinge():
+    policy, rows, config = worker.parts("dpo")
+    config = replace(config, method="slic", beta=0.5)
+    logps = policy_logps(policy, rows).detach()
+    losses, measured = row_losses(policy, rows, config)
+    hinge = (2 - logps[:, 0] + logps[:, 1]).clamp(min=0) - SLIC_REGULARIZATION * logps[:, 0]
+    torch.testing.assert_close(losses.detach(), hinge)
+    assert measured["margin"].abs().max() < 1e-4  # the policy is still the reference
+
+
+def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate():
+    for optimizer in ("sgd", "adam"):
+        policy, rows, config = worker.parts("dpo")
+        before = torch.cat([weight.detach().flatten() for weight in policy.parameters()])
+        config = replace(config, optimizer=optimizer, steps=1, batch_size=len(rows), max_grad_norm=0.01)
+        (_, record) = train(policy, rows, config, show_progress=False)
+        moved = before - torch.cat([weight.detach().flatten() for weight in policy.parameters()])
+        assert record["grad_norm"] > 0.01
+        if optimizer == "sgd":  # as far as the gradient after clipping, whatever its own norm
+            assert moved.norm().item() == pytest.approx(config.lr * 0.01, rel=1e-3)
+        else:  # each weight that has a gradient by the learning rate, whatever the gradient's norm
+            assert moved.abs().max().item() == pytest.approx(config.lr, rel=1e-2)
+
+
 # refusals
 
 
@@ -258,6 +283,8 @@ def test_odpo_whose_offsets_are_all_zero_is_dpo_bit_for_bit():
         ({"beta": math.nan}, "beta > 0"),
         ({"method": "sft"}, "beta None for sft"),
         ({"method": "plackett_luce", "label_smoothing": 0.1}, "label_smoothing 0 for plackett_luce"),
+        ({"method": "slic", "label_smoothing": 0.1}, "label_smoothing 0 for slic"),
+        ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),

@@ -1,0 +1,200 @@
+r"""The reward-KL frontier: what each method's score costs in KL, compared at equal KL and with its uncertainty.
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pdpo.data import Preference, load_split
+from pdpo.evaluation import toy_grades
+from pdpo.experiments import Run, run_all, run_win_rate
+from pdpo.losses import reward_model_loss
+from pdpo.presets import Preset, device, get_preset
+from pdpo.sampling import sample
+from pdpo.training import autocast
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One method measured at several betas. S seeds, B betas, N test prompts.
+
+    betas: B numbers.
+    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
+    score: (S, B, N) gold score on `toy`, else the SBERT win.
+    stages: the evaluations it was read from, for `experiments.run_info`.
+    """
+
+    betas: tuple[float, ...]
+    kl: np.ndarray
+    score: np.ndarray
+    stages: tuple = ()
+
+    def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
+        return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
+
+
+def run_frontier(
+    preset: Preset | str, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options
+) -> Frontier:
+    """Trains and measures one method at every beta and seed of the preset, at temperature 1.
+
+    Args:
+        preset: seeds, betas, data.
+        betas: others than the preset's.
+        records: for each seed what to train on; None makes pairs (or rankings) from the training split.
+        options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
+    """
+    preset = get_preset(preset)
+    betas = betas or ((None,) if options["method"] == "sft" else preset.betas)
+    of_seed = {seed: options | ({"records": records[seed]} if records else {}) for seed in preset.seeds}
+    settings = [{"preset": preset, "beta": beta, "seed": seed, **of_seed[seed]} for seed in preset.seeds for beta in betas]
+    measured = run_all(run_win_rate, settings)
+    kl, score = (
+        np.array([each.column(key) for each in measured]).reshape(len(preset.seeds), len(betas), -1)
+        for key in ("kl", "score" if preset.data == "toy" else "win")
+    )
+    return Frontier(tuple(betas), kl, score, tuple(measured))
+
+
+def pareto_set(kl, score) -> np.ndarray:
+    """(P,) bool: True for each point that no other one beats, by a KL not larger and a score not smaller, one of them strictly.
+
+    Args:
+        kl, score: (P,) coordinates of the points of all methods together.
+    """
+    kl, score = np.asarray(kl), np.asarray(score)
+    no_worse = (kl[:, None] <= kl) & (score[:, None] >= score)  # (P, P): row against column
+    better = (kl[:, None] < kl) | (score[:, None] > score)
+    return ~(no_worse & better).any(0)
+
+
+def height_between(points, other) -> float:
+    """Mean height of one frontier above another over the KL range that both cover: their area divided by its width.
+
+    Args:
+        points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
+    Returns:
+        In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap.
+    """
+    (kl, score), (other_kl, other_score) = (
+        [np.asarray(axis)[np.argsort(each[0])] for axis in each] for each in (points, other)
+    )
+    low, high = max(kl[0], other_kl[0]), min(kl[-1], other_kl[-1])
+    if not low < high:
+        return float("nan")
+    knots = np.unique(np.clip(np.concatenate([kl, other_kl]), low, high))  # both are linear between two knots
+    gap = np.interp(knots, kl, score) - np.interp(knots, other_kl, other_score)
+    return float(np.trapezoid(gap, knots) / (high - low))
+
+
+def resampled(statistic, frontiers: list[Frontier], *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(num_resamples,) values of statistic([points, ...]) when seeds and prompts are drawn again, with replacement.
+
+    All frontiers get the same draw: they share their seeds' SFT policies and the prompts, so differences are paired.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, _, num_prompts = frontiers[0].kl.shape
+    values = []
+    for _ in range(num_resamples):
+        seeds, prompts = rng.integers(num_seeds, size=num_seeds), rng.integers(num_prompts, size=num_prompts)
+        values.append(statistic([frontier.points(seeds, prompts) for frontier in frontiers]))
+    return np.array(values)
+
+
+def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
+    """One dict a point: method, beta, and kl and score, each with the ends of its 95 % interval over seeds and prompts."""
+    rows = []
+    for method, frontier in frontiers.items():
+        low, high = np.quantile(resampled(lambda points: np.stack(points[0]), [frontier]), [0.025, 0.975], axis=0)  # (2, B)
+        for i, beta in enumerate(frontier.betas):
+            row = {"method": method, "beta": beta}
+            for j, (key, values) in enumerate(zip(("kl", "score"), frontier.points(), strict=True)):
+                row |= {key: float(values[i]), f"{key}_low": float(low[j, i]), f"{key}_high": float(high[j, i])}
+            rows.append(row)
+    return rows
+
+
+def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
+    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, and each seed's own height."""
+    values = resampled(lambda points: height_between(*points), [frontier, other])
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    each = [height_between(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
+    return {"height": height_between(frontier.points(), other.points()), "low": low, "high": high, "seeds": each}
+
+
+def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preference], dict[str, int]]:
+    """Rankings made of the SFT policy's own samples to the toy's training prompts, graded by the truth.
+
+    Args:
+        sft: the policy to sample from, at temperature 1.
+        num_samples: M, samples a prompt.
+    Returns:
+        One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
+        tie; and counts: samples, empty, tied (left out, as their prompt has another sample of that score), prompts_left_out.
+    Source:
+        Amini 2024, arXiv:2402.10571, Eq. 17.
+    """
+    prompts = [record.prompt for record in load_split("toy")[0]]
+    samples = sample(
+        sft.load_policy(), sft.load_tokenizer(), prompts, temperature=1.0, max_new_tokens=sft.preset.max_new_tokens,
+        seed=sft.seed, num_samples=num_samples,
+    )  # fmt: skip
+    by_score: dict[str, dict[float, str]] = {prompt: {} for prompt in prompts}
+    for each, score in zip(samples, toy_grades(samples)["score"].tolist(), strict=True):
+        if each.text:
+            by_score[each.prompt].setdefault(score, each.text)
+    rankings = [(prompt, sorted(found.items(), reverse=True)) for prompt, found in by_score.items() if len(found) > 1]
+    records = [
+        Preference(prompt, tuple(text for _, text in found), tuple(score for score, _ in found)) for prompt, found in rankings
+    ]
+    empty = sum(not each.text for each in samples)
+    tied = len(samples) - empty - sum(map(len, by_score.values()))
+    counts = {"samples": len(samples), "empty": empty, "tied": tied, "prompts_left_out": len(prompts) - len(records)}
+    return records, counts
+
+
+@torch.no_grad()
+def last_hidden(policy, rows, *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
+    """(B, K, D): the policy's last hidden state at the end (EOS) of every response of every row."""
+    sequences = [each.input_ids for row in rows for each in row.sequences]
+    features = torch.zeros(len(sequences), policy.config.hidden_size)
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(sequences), batch_size):
+        part = by_length[start : start + batch_size]
+        lengths = torch.tensor([len(sequences[i]) for i in part])
+        input_ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)  # right padding: a causal model ignores it
+        for line, i in enumerate(part):
+            input_ids[line, : lengths[line]] = torch.tensor(sequences[i])
+        with autocast(device(), precision):
+            hidden = policy.base_model(input_ids=input_ids.to(device())).last_hidden_state.float().cpu()
+        features[part] = hidden[torch.arange(len(part)), lengths - 1]
+    return features.view(len(rows), -1, features.shape[1])
+
+
+def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
+    """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss.
+
+    Args:
+        features: (B, 2, D), chosen first (`last_hidden`).
+        weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
+        steps: of L-BFGS.
+    Returns:
+        (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
+    """
+    scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
+    weights = torch.zeros(features.shape[-1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        scores = features / scale @ weights  # (B, 2)
+        loss = reward_model_loss(scores[:, 0], scores[:, 1]).mean() + weight_decay * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (weights / scale).detach()
