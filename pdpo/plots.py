@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from pdpo.checkpoint import write_json
 
@@ -105,8 +106,9 @@ def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
         band(axes, sorted({row["step"] for row in mine}), by_seed(mine, "loss"), style=style, label=part)
     axes.lines[0].set(marker="", linewidth=0.8)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_title(f"{title}\n(line: mean over seeds; band: their range)")
     axes.legend()
     return figure, rows
