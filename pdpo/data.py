@@ -1,5 +1,6 @@
 """Preference data: one record type, one loader that refuses malformed files by file, row and key, one split, one report."""
 
+import functools
 import hashlib
 import json
 import math
@@ -114,9 +115,7 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
     if str(path_or_name) in SCORED_NAMES:
         return read_scored(locate(*SOURCES[str(path_or_name)]))[0]
     if str(path_or_name) == "toy":
-        from pdpo import toy  # not above: toy needs Preference from here
-
-        return toy.load()
+        return list(_toy())
     if str(path_or_name) in SOURCES:
         return _read(locate(*SOURCES[str(path_or_name)]))
     path = Path(path_or_name)
@@ -125,6 +124,13 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
             f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))} or a .json or .jsonl file, got {str(path)!r}."
         )
     return _read(path)
+
+
+@functools.cache
+def _toy() -> tuple[Preference, ...]:
+    from pdpo import toy  # not above: toy needs Preference from here
+
+    return tuple(toy.load())
 
 
 def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
