@@ -1,7 +1,7 @@
 """Seconds and peak memory of one DPO step: TRL's DPOTrainer, pdpo's plain path, pdpo's fast path.
 
     python -m venv bench && bench/bin/pip install torch==2.13.0 trl==1.16.0 && bench/bin/pip install -e .
-    bench/bin/python benchmarks/preference_step.py                 # GPT-2-small and -medium shapes, 3 rounds; 40 minutes on 2 cores
+    bench/bin/python benchmarks/preference_step.py                 # GPT-2-small and -medium shapes, 3 rounds
     bench/bin/python benchmarks/preference_step.py --shapes small --rounds 1
 
 Every variant trains the same random weights in the real architecture on the same batches of the `instructions` data, with
