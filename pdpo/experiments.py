@@ -98,6 +98,26 @@ class Evaluation:
         return by_prompt([row[key] for row in self.rows], self.num_samples)
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """One method measured at several betas. S seeds, B betas, N test prompts.
+
+    betas: B numbers.
+    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
+    score: (S, B, N) gold score on `toy`, else the SBERT win.
+    stages: the evaluations it was read from, for `experiments.run_info`.
+    """
+
+    betas: tuple[float, ...]
+    kl: np.ndarray
+    score: np.ndarray
+    stages: tuple = ()
+
+    def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
+        return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
+
+
 def start(preset: str | Preset | None = None) -> Preset:
     """Chooses the preset, says what it runs on and where results go, and pins one thread where bits are compared.
 
@@ -321,6 +341,29 @@ def run_win_rate(
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
     path, _ = _stage(preset, name, determinants, EVALUATION_CODE, build, wait=wait)
     return Evaluation(path, json.loads((path / "rows.json").read_text(encoding="utf-8")), num_samples)
+
+
+def run_frontier(
+    preset: Preset | str, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options
+) -> Frontier:
+    """Trains and measures one method at every beta and seed of the preset, at temperature 1.
+
+    Args:
+        preset: seeds, betas, data.
+        betas: others than the preset's.
+        records: for each seed what to train on; None makes pairs (or rankings) from the training split.
+        options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
+    """
+    preset = get_preset(preset)
+    betas = betas or ((None,) if options["method"] == "sft" else preset.betas)
+    of_seed = {seed: options | ({"records": records[seed]} if records else {}) for seed in preset.seeds}
+    settings = [{"preset": preset, "beta": beta, "seed": seed, **of_seed[seed]} for seed in preset.seeds for beta in betas]
+    measured = run_all(run_win_rate, settings)
+    kl, score = (
+        np.array([each.column(key) for each in measured]).reshape(len(preset.seeds), len(betas), -1)
+        for key in ("kl", "score" if preset.data == "toy" else "win")
+    )
+    return Frontier(tuple(betas), kl, score, tuple(measured))
 
 
 def run_all(stage: Callable, settings: list[dict]) -> list:

@@ -3,61 +3,16 @@ r"""The reward-KL frontier: what each method's score costs in KL, compared at eq
 beta: KL strength; a larger beta keeps the policy closer to the reference.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from pdpo.data import Preference, load_split
 from pdpo.evaluation import toy_grades
-from pdpo.experiments import Run, run_all, run_win_rate
+from pdpo.experiments import Frontier, Run
 from pdpo.losses import reward_model_loss
-from pdpo.presets import Preset, device, get_preset
+from pdpo.presets import device
 from pdpo.sampling import sample
 from pdpo.training import autocast
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """One method measured at several betas. S seeds, B betas, N test prompts.
-
-    betas: B numbers.
-    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
-    score: (S, B, N) gold score on `toy`, else the SBERT win.
-    stages: the evaluations it was read from, for `experiments.run_info`.
-    """
-
-    betas: tuple[float, ...]
-    kl: np.ndarray
-    score: np.ndarray
-    stages: tuple = ()
-
-    def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
-        return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
-
-
-def run_frontier(
-    preset: Preset | str, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options
-) -> Frontier:
-    """Trains and measures one method at every beta and seed of the preset, at temperature 1.
-
-    Args:
-        preset: seeds, betas, data.
-        betas: others than the preset's.
-        records: for each seed what to train on; None makes pairs (or rankings) from the training split.
-        options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
-    """
-    preset = get_preset(preset)
-    betas = betas or ((None,) if options["method"] == "sft" else preset.betas)
-    of_seed = {seed: options | ({"records": records[seed]} if records else {}) for seed in preset.seeds}
-    settings = [{"preset": preset, "beta": beta, "seed": seed, **of_seed[seed]} for seed in preset.seeds for beta in betas]
-    measured = run_all(run_win_rate, settings)
-    kl, score = (
-        np.array([each.column(key) for each in measured]).reshape(len(preset.seeds), len(betas), -1)
-        for key in ("kl", "score" if preset.data == "toy" else "win")
-    )
-    return Frontier(tuple(betas), kl, score, tuple(measured))
 
 
 def pareto_set(kl, score) -> np.ndarray:

@@ -11,8 +11,8 @@ import pdpo
 from pdpo import experiments, frontier, toy
 from pdpo.data import pairs
 from pdpo.encoding import encode_records
+from pdpo.experiments import Frontier, run_frontier
 from pdpo.frontier import (
-    Frontier,
     bootstrapped_rankings,
     fit_reward_head,
     frontier_rows,
@@ -21,7 +21,6 @@ from pdpo.frontier import (
     last_hidden,
     pareto_set,
     resampled,
-    run_frontier,
 )
 from pdpo.models import load_policy, train_tokenizer
 from pdpo.presets import Preset
