@@ -44,7 +44,7 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda path: _execute(path, save), chosen))
+        results = list(pool.map(lambda path: _execute(path, save), reversed(chosen)))[::-1]  # the last ones take longest
     print(f"\n{'notebook':34} minutes  result")
     for path, (minutes, error) in zip(chosen, results, strict=True):
         print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")
