@@ -1,4 +1,13 @@
-"""nbval: progress bars write to stderr, which is therefore not compared."""
+"""nbval: progress bars write to stderr, which is therefore not compared; figures go to a temporary folder."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+_FIGURES = tempfile.mkdtemp(prefix="pdpo-figures-")
+atexit.register(shutil.rmtree, _FIGURES, ignore_errors=True)
+os.environ["PDPO_FIGURES_DIR"] = _FIGURES  # the notebooks' kernels inherit it
 
 
 def pytest_collectstart(collector):

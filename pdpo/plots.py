@@ -70,9 +70,10 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
 
 
 def figures_dir() -> Path:
-    """Where figures go: figures/ of the checkout that this package runs from, else figures/ of the current folder."""
+    """$PDPO_FIGURES_DIR, else figures/ of the checkout that this package runs from, else figures/ of the current folder."""
     checkout = Path(__file__).resolve().parent.parent
-    return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "figures"
+    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "figures"
+    return Path(os.environ.get("PDPO_FIGURES_DIR") or default)
 
 
 def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
