@@ -1,27 +1,15 @@
-"""Named stages: what notebooks call. Each is trained or measured once and kept in runs/; a second call returns at once.
+"""The experiments that notebooks call: each is a named stage, trained or measured once; a second call returns at once."""
 
-A stage's folder is named by a hash of all that determines it: configuration, data, the stage it starts from and the code
-that matters. A lock lets two processes that need one stage train it once; a killed stage goes on where it stopped.
-"""
-
-import ast
-import functools
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 from pdpo.checkpoint import write_json
 from pdpo.data import Preference, fingerprint, load_split, pairs
@@ -31,15 +19,12 @@ from pdpo.losses import score_offset
 from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, device, get_preset
 from pdpo.sampling import sample
+from pdpo.stages import check_new_folder, run_all, run_stage, runs_dir, shown
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
 
 TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "training")
 MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
 EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
-
-
-class Busy(Exception):
-    """Another process is at this stage, and the caller did not want to wait."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +116,9 @@ def start(preset: str | Preset | None = None) -> Preset:
         torch.set_num_threads(1)  # the same seed then gives the same bits in every process
     hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, 1 of {os.cpu_count()} cores"
     print(
-        f"preset {chosen.name}: {hardware}, {chosen.precision}, data {chosen.data}, results in {_shown(runs_dir() / chosen.name)}"
+        f"preset {chosen.name}: {hardware}, {chosen.precision}, data {chosen.data}, results in {shown(runs_dir() / chosen.name)}"
     )
     return chosen
-
-
-def _shown(path: Path) -> str:
-    """A path relative to the checkout where it lies in it: notebooks' outputs then hold no one's home folder."""
-    checkout = Path(__file__).resolve().parent.parent
-    return str(path.relative_to(checkout)) if path.is_relative_to(checkout) else str(path)
-
-
-def runs_dir() -> Path:
-    """$PDPO_RUNS_DIR, else runs/ of the checkout that this package runs from, else runs/ of the current folder."""
-    checkout = Path(__file__).resolve().parent.parent
-    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
-    return Path(os.environ.get("PDPO_RUNS_DIR") or default)
 
 
 def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
@@ -190,7 +162,7 @@ def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
         "num_evaluations": preset.num_evaluations,
         "data": fingerprint(train_records + validation),
     }
-    return _load_run(preset, *_stage(preset, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait))
+    return _load_run(preset, *run_stage(preset.name, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait))
 
 
 def run_preference(
@@ -268,7 +240,9 @@ def run_preference(
     }
     return _load_run(
         preset,
-        *_stage(preset, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE + MEASURING_CODE, build, wait=wait),
+        *run_stage(
+            preset.name, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE + MEASURING_CODE, build, wait=wait
+        ),
     )
 
 
@@ -339,7 +313,7 @@ def run_win_rate(
         "data": fingerprint(test),
     }
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
-    path, _ = _stage(preset, name, determinants, EVALUATION_CODE, build, wait=wait)
+    path, _ = run_stage(preset.name, name, determinants, EVALUATION_CODE, build, wait=wait)
     return Evaluation(path, json.loads((path / "rows.json").read_text(encoding="utf-8")), num_samples)
 
 
@@ -364,30 +338,6 @@ def run_frontier(
         for key in ("kl", "score" if preset.data == "toy" else "win")
     )
     return Frontier(tuple(betas), kl, score, tuple(measured))
-
-
-def run_all(stage: Callable, settings: list[dict]) -> list:
-    """stage(**setting) for every setting, in their order; a stage that another process is at is come back to last.
-
-    So two notebooks that need the same sweep share its work instead of waiting for each other.
-    """
-    results: dict[int, object] = {}
-    bar = tqdm(total=len(settings), desc=f"{getattr(stage, '__name__', 'all')} stages", mininterval=1.0)
-    wait = False
-    while len(results) < len(settings):
-        before = len(results)
-        for i, setting in enumerate(settings):
-            if i in results:
-                continue
-            try:
-                results[i] = stage(**setting, wait=wait)
-            except Busy:
-                continue
-            bar.update()
-            wait = False
-        wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
-    bar.close()
-    return [results[i] for i in range(len(settings))]
 
 
 def run_info(preset: Preset, stages: list) -> dict:
@@ -462,75 +412,6 @@ def _load_run(preset: Preset, path: Path, config: dict) -> Run:
     return Run(path, preset, config, json.loads((path / "history.json").read_text(encoding="utf-8")))
 
 
-def _stage(preset: Preset, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
-    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
-
-    What build returns, if anything, goes on record beside the environment.
-    """
-    config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
-    path = runs_dir() / preset.name / f"{name}-{key}"
-    if path.is_dir():
-        return path, config
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        if not wait:
-            raise Busy(name) from None
-        print(f"waiting for {name}, which another process is at ({path.parent})", flush=True)
-        lock.acquire()
-    try:
-        if not path.is_dir():  # else it was finished while we waited
-            partial, began = path.with_name(path.name + ".partial"), time.monotonic()
-            partial.mkdir(exist_ok=True)
-            if device().type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            facts = build(partial) or {}
-            write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
-            os.replace(partial, path)
-    finally:
-        lock.release()
-    return path, config
-
-
-def environment(began: float) -> dict:
-    """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
-    cuda = device().type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "minutes": round((time.monotonic() - began) / 60, 3),
-        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else _peak_memory_mb(),
-    }
-
-
-def _peak_memory_mb() -> int | None:
-    """This process's largest resident memory so far; None on Windows, which does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
-
-
-@functools.cache  # of the code that this process loaded, whatever happens to the files meanwhile
-def code_version(modules: tuple[str, ...]) -> str:
-    """A hash of these modules' code, blind to comments, docstrings and layout, so that only what computes counts."""
-    digest = hashlib.sha256()
-    for module in modules:
-        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                node.body = body[1:]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
 def _files(source: str | None):
     """A model folder as its files' names, sizes and times; a hub name as itself."""
     if source is None or not Path(source).is_dir():
@@ -539,12 +420,6 @@ def _files(source: str | None):
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(source).iterdir()) if path.is_file()
     ]
     return [str(Path(source).resolve()), *stats]
-
-
-def check_new_folder(target: Path) -> None:
-    """ValueError unless `target` is a folder that is empty or does not exist: results never overwrite anything."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another.")
 
 
 def copy_run(run: Run, target: Path) -> Path:

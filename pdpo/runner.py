@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from pdpo.experiments import runs_dir
+from pdpo.stages import runs_dir
 from pdpo.plots import figures_dir
 from pdpo.presets import Preset, device
 

@@ -1,0 +1,198 @@
+"""Stages: work that is done once, kept in runs/ and found there by the next call, also by that of another process.
+
+A stage's folder is named by a hash of all that determines it: configuration, data, the stage it starts from and the code
+that matters. A lock lets two processes that need one stage do it once; a killed stage goes on where it stopped.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import torch
+import transformers
+from tqdm import tqdm
+
+from pdpo.checkpoint import write_json
+from pdpo.presets import device
+
+
+class Busy(Exception):
+    """Another process is at this stage, and the caller did not want to wait."""
+
+
+def runs_dir() -> Path:
+    """$PDPO_RUNS_DIR, else runs/ of the checkout that this package runs from, else runs/ of the current folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
+    return Path(os.environ.get("PDPO_RUNS_DIR") or default)
+
+
+def shown(path: Path) -> str:
+    """A path relative to the checkout where it lies in it: notebooks' outputs then hold no one's home folder."""
+    checkout = Path(__file__).resolve().parent.parent
+    return str(path.relative_to(checkout)) if path.is_relative_to(checkout) else str(path)
+
+
+def run_stage(group: str, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
+    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
+
+    What build returns, if anything, goes on record beside the environment.
+    """
+    config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+    path = runs_dir() / group / f"{name}-{key}"
+    if path.is_dir():
+        return path, config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        if not wait:
+            raise Busy(name) from None
+        print(f"waiting for {name}, which another process is at ({path.parent})", flush=True)
+        lock.acquire()
+    try:
+        if not path.is_dir():  # else it was finished while we waited
+            partial, began = path.with_name(path.name + ".partial"), time.monotonic()
+            partial.mkdir(exist_ok=True)
+            if device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            facts = build(partial) or {}
+            write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
+            os.replace(partial, path)
+    finally:
+        lock.release()
+    return path, config
+
+
+def environment(began: float) -> dict:
+    """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
+    cuda = device().type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "minutes": round((time.monotonic() - began) / 60, 3),
+        "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else _peak_memory_mb(),
+    }
+
+
+def _peak_memory_mb() -> int | None:
+    """This process's largest resident memory so far; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+@functools.cache  # of the code that this process loaded, whatever happens to the files meanwhile
+def code_version(modules: tuple[str, ...]) -> str:
+    """A hash of these modules' code, blind to comments, docstrings and layout, so that only what computes counts."""
+    digest = hashlib.sha256()
+    for module in modules:
+        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                node.body = body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def run_all(stage: Callable, settings: list[dict]) -> list:
+    """stage(**setting) for every setting, in their order, by as many processes as there are cores ($PDPO_WORKERS at most).
+
+    Each process takes what no other one is at, also the processes of another notebook, or the ranks of a sweep, that need
+    the same stages. The others start once a stage has taken longer than reading it from the disk would.
+
+    Args:
+        stage: a function of a module that ends in `run_stage` and takes `wait`.
+        settings: its keyword arguments, one dict a call.
+    """
+    results: dict[int, object] = {}
+    helpers: list[subprocess.Popen] = []
+    bar = tqdm(total=len(settings), desc=f"{getattr(stage, '__name__', 'all')} stages", mininterval=1.0)
+    wait = False
+    try:
+        while len(results) < len(settings):
+            before = len(results)
+            for i, setting in enumerate(settings):
+                if i in results:
+                    continue
+                began = time.monotonic()
+                try:
+                    results[i] = stage(**setting, wait=wait)
+                except Busy:
+                    continue
+                bar.update()
+                wait = False
+                left = [settings[j] for j in range(len(settings) - 1, i, -1) if j not in results]
+                if not helpers and len(left) > 1 and time.monotonic() - began > 2:
+                    helpers = [_start_helper(stage, left) for _ in range(min(_num_workers(), len(left)) - 1)]
+            wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
+    finally:
+        bar.close()
+        for helper in helpers:  # by now idle, unless an error or the user has stopped us
+            helper.kill()
+            helper.communicate()
+    return [results[i] for i in range(len(settings))]
+
+
+def _num_workers() -> int:
+    """$PDPO_WORKERS, else one for each core that is not used by this process's threads, four at most; one on a GPU."""
+    chosen = os.environ.get("PDPO_WORKERS", "")
+    if chosen and not (chosen.isdigit() and int(chosen) > 0):
+        raise ValueError(f"PDPO_WORKERS: expected a number of processes, at least 1, got {chosen!r}.")
+    fitting = 1 if device().type == "cuda" else min((os.cpu_count() or 1) // torch.get_num_threads(), 4)
+    return int(chosen) if chosen else max(fitting, 1)
+
+
+def _start_helper(stage: Callable, settings: list[dict]) -> subprocess.Popen:
+    """A process that does these stages, as long as this one lives; it says nothing, its results lie on the disk."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    task = pickle.dumps((stage, settings))
+    code = (
+        f"import sys; task = sys.stdin.buffer.read({len(task)}); import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        "from pdpo.stages import _help; _help(task)"
+    )
+    helper = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment | {"PDPO_WORKERS": "1"},
+    )  # fmt: skip
+    with contextlib.suppress(BrokenPipeError):  # it could not start: then we do all the work ourselves
+        helper.stdin.write(task)
+        helper.stdin.flush()
+    return helper
+
+
+def _help(task: bytes) -> None:
+    stage, settings = pickle.loads(task)
+
+    def end_with_parent():
+        sys.stdin.buffer.read()  # which ends when the parent does, however that happens
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    run_all(stage, settings)
+
+
+def check_new_folder(target: Path) -> None:
+    """ValueError unless `target` is a folder that is empty or does not exist: results never overwrite anything."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another.")
