@@ -18,12 +18,14 @@ from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
 from pdpo.losses import score_offset
 from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, device, get_preset
+from pdpo.reward import calibration, fit_reward_head, last_hidden
 from pdpo.sampling import sample
 from pdpo.stages import check_new_folder, run_all, run_stage, runs_dir, shown
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
 
 TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "training")
 MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
+REWARD_CODE = ("encoding", "losses", "models", "reward")
 EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
 
 
@@ -81,6 +83,44 @@ class Evaluation:
         if key not in self.rows[0]:
             raise ValueError(f"Evaluation.column: expected one of {sorted(self.rows[0])}, got {key!r}.")
         return by_prompt([row[key] for row in self.rows], self.num_samples)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A finished reward-model stage.
+
+    Attributes:
+        path: its folder.
+        sft: whose last hidden state it reads.
+        weights: (D,) of the linear head.
+        held_out: (P,) the probability that it gives to the true order of each pair of the test split.
+        num_pairs: it was fitted to.
+    """
+
+    path: Path
+    sft: Run
+    weights: torch.Tensor
+    held_out: np.ndarray
+    num_pairs: int
+
+    def __str__(self) -> str:
+        return (
+            f"a reward model fitted to {self.num_pairs} training pairs; it ranks {np.mean(self.held_out > 0.5):.3f} of "
+            f"{len(self.held_out)} held-out pairs right, with an expected calibration error of {calibration(self.held_out)[1]:.3f}"
+        )
+
+    def scored(self, records: list[Preference]) -> list[Preference]:
+        """The records with its scores, in nats: a difference is the log-odds that it gives to that order."""
+        policy, preset = self.sft.load_policy(), self.sft.preset
+        encoded, scores = encode_records(self.sft.load_tokenizer(), records), [()] * len(records)
+        for size in {len(record.responses) for record in records}:  # records of one K at a time
+            chosen = [i for i, record in enumerate(records) if len(record.responses) == size]
+            features = last_hidden(
+                policy, [encoded[i] for i in chosen], batch_size=preset.micro_batch_size, precision=preset.precision
+            )
+            for i, values in zip(chosen, (features @ self.weights).tolist(), strict=True):
+                scores[i] = tuple(values)
+        return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -185,7 +225,8 @@ def run_preference(
         method: "dpo", "odpo", "slic" or "plackett_luce".
         beta: KL strength; a larger beta keeps the policy closer to the reference.
         seed: of the SFT stage, of which pairs are drawn and of their order.
-        alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Without scores in the data offsets are 0.
+        alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Where the data has no scores, those of
+            `run_reward_model` take their place.
             Scale "mean" is a control: every pair has the mean of the "log" offsets, whatever its own scores.
         num_evaluations: held-out measurements along the run; None is the preset's number. They take a third of its time.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
@@ -206,15 +247,19 @@ def run_preference(
         ranked = method == "plackett_luce"
         records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
     offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
+    unscored = method == "odpo" and not any(record.scores for record in records)
+    reward_model = run_reward_model(preset, seed=seed, wait=wait) if unscored else None
 
     def build(folder: Path) -> None:
-        if method == "odpo" and not any(record.scores for record in records):
-            print("odpo: this data has no scores, so every offset is 0 and the run equals DPO.")
+        scored, scored_held_out = records, held_out_records
+        if reward_model:
+            print(f"odpo: this data has no scores; offsets are made from those of {reward_model}")
+            scored, scored_held_out = reward_model.scored(records), reward_model.scored(held_out_records)
         tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
         rows, held_out = (
             _with_cached_reference(sft, policy, preference_rows(tokenizer, each, method=method, **offset))
-            for each in (records, held_out_records)
+            for each in (scored, scored_held_out)
         )
 
         def measure(policy) -> dict:
@@ -232,6 +277,7 @@ def run_preference(
     determinants = {
         "train": asdict(config),
         "offset": offset if method == "odpo" else None,
+        "reward_model": reward_model and reward_model.path.name,
         "sft": sft.path.name,
         "data": fingerprint(records + held_out_records),
         "num_evaluations": preset.num_evaluations,
@@ -244,6 +290,38 @@ def run_preference(
             preset.name, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE + MEASURING_CODE, build, wait=wait
         ),
     )
+
+
+def run_reward_model(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> RewardModel:
+    """A linear reward model on the SFT policy, fitted to the training split's pairs and tried on the test split's.
+
+    It sees which response is better, never the data's scores. `run_preference` takes its scores for ODPO where the data
+    has none.
+
+    Args:
+        preset: data, and the SFT stage that gives the features.
+        seed: of the SFT stage and of which pairs are drawn.
+        wait: False raises Busy where another process is at it or at its SFT stage.
+    """
+    preset = get_preset(preset)
+    sft = run_sft(preset, seed=seed, wait=wait)
+    train_records, _, test = load_split(preset.data)
+    drawn, held_out = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed), pairs(test)
+
+    def build(folder: Path) -> None:
+        policy, tokenizer = sft.load_policy(), sft.load_tokenizer()
+        features, held_out_features = (
+            last_hidden(policy, encode_records(tokenizer, each), batch_size=preset.micro_batch_size, precision=preset.precision)
+            for each in (drawn, held_out)
+        )  # (B, 2, D)
+        weights = fit_reward_head(features)
+        probabilities = (held_out_features @ weights).diff(dim=1).neg().sigmoid().squeeze(1)  # of the true order
+        write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
+
+    determinants = {"sft": sft.path.name, "data": fingerprint(drawn + held_out)}
+    path, _ = run_stage(preset.name, f"reward_model-seed{seed}", determinants, REWARD_CODE, build, wait=wait)
+    stored = json.loads((path / "reward_model.json").read_text(encoding="utf-8"))
+    return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
 
 
 def run_win_rate(

@@ -4,15 +4,11 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 """
 
 import numpy as np
-import torch
 
 from pdpo.data import Preference, load_split
 from pdpo.evaluation import toy_grades
 from pdpo.experiments import Frontier, Run
-from pdpo.losses import reward_model_loss
-from pdpo.presets import device
 from pdpo.sampling import sample
-from pdpo.training import autocast
 
 
 def pareto_set(kl, score) -> np.ndarray:
@@ -110,46 +106,3 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
     tied = len(samples) - empty - sum(map(len, by_score.values()))
     counts = {"samples": len(samples), "empty": empty, "tied": tied, "prompts_left_out": len(prompts) - len(records)}
     return records, counts
-
-
-@torch.no_grad()
-def last_hidden(policy, rows, *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
-    """(B, K, D): the policy's last hidden state at the end (EOS) of every response of every row."""
-    sequences = [each.input_ids for row in rows for each in row.sequences]
-    features = torch.zeros(len(sequences), policy.config.hidden_size)
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(sequences), batch_size):
-        part = by_length[start : start + batch_size]
-        lengths = torch.tensor([len(sequences[i]) for i in part])
-        input_ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)  # right padding: a causal model ignores it
-        for line, i in enumerate(part):
-            input_ids[line, : lengths[line]] = torch.tensor(sequences[i])
-        with autocast(device(), precision):
-            hidden = policy.base_model(input_ids=input_ids.to(device())).last_hidden_state.float().cpu()
-        features[part] = hidden[torch.arange(len(part)), lengths - 1]
-    return features.view(len(rows), -1, features.shape[1])
-
-
-def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
-    """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss.
-
-    Args:
-        features: (B, 2, D), chosen first (`last_hidden`).
-        weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
-        steps: of L-BFGS.
-    Returns:
-        (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
-    """
-    scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
-    weights = torch.zeros(features.shape[-1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        scores = features / scale @ weights  # (B, 2)
-        loss = reward_model_loss(scores[:, 0], scores[:, 1]).mean() + weight_decay * weights.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (weights / scale).detach()

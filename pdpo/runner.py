@@ -10,9 +10,9 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from pdpo.stages import runs_dir
 from pdpo.plots import figures_dir
 from pdpo.presets import Preset, device
+from pdpo.stages import runs_dir
 
 
 def notebooks_dir() -> Path:

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from pdpo.checkpoint import write_json
 from pdpo.presets import device
 
+HELP_AFTER_SECONDS = 2.0  # a stage that takes longer was not just read from the disk
+
 
 class Busy(Exception):
     """Another process is at this stage, and the caller did not want to wait."""
@@ -142,7 +144,7 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
                 bar.update()
                 wait = False
                 left = [settings[j] for j in range(len(settings) - 1, i, -1) if j not in results]
-                if not helpers and len(left) > 1 and time.monotonic() - began > 2:
+                if not helpers and len(left) > 1 and time.monotonic() - began > HELP_AFTER_SECONDS:
                     helpers = [_start_helper(stage, left) for _ in range(min(_num_workers(), len(left)) - 1)]
             wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
     finally:

@@ -12,6 +12,7 @@ _TEMPORARY = Path(tempfile.mkdtemp(prefix="pdpo-tests-"))
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 os.environ |= {  # before anything of pdpo or of the hub's client is imported: both read them once
     "PDPO_PRESET": "tiny",
+    "PDPO_WORKERS": "1",
     "PDPO_RUNS_DIR": str(_TEMPORARY / "runs"),
     "XDG_CACHE_HOME": str(_TEMPORARY / "cache"),
     "HF_HOME": str(_TEMPORARY / "hub"),

@@ -54,6 +54,14 @@ def wait_at(barrier: Path) -> None:
     experiments.train = waiting
 
 
+def beat(*, file: str, wait: bool) -> None:
+    """A stage without end, which shows that it is alive."""
+    while True:
+        with open(file, "a") as beats:
+            beats.write(".")
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ANNOUNCE"):

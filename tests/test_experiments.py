@@ -16,17 +16,18 @@ import pdpo
 from pdpo import experiments, models, training
 from pdpo.experiments import (
     TRAINING_CODE,
-    Busy,
-    code_version,
     copy_run,
     preference_rows,
     run_all,
     run_preference,
+    run_reward_model,
     run_sft,
     run_win_rate,
     runs_dir,
 )
 from pdpo.presets import get_preset
+from pdpo.reward import last_hidden
+from pdpo.stages import Busy, code_version
 
 
 class Judge:
@@ -117,8 +118,8 @@ def test_whatever_changes_a_run_makes_another_stage(quick, tmp_path, monkeypatch
     keys = []
     monkeypatch.setattr(
         experiments,
-        "_stage",
-        lambda preset, name, determinants, code, build, **_: keys.append(determinants) or (Path(name), {}),
+        "run_stage",
+        lambda group, name, determinants, code, build, **_: keys.append(determinants) or (Path(name), {}),
     )
     monkeypatch.setattr(experiments, "_load_run", lambda preset, path, config: type("Run", (), {"path": Path(repr(keys[-1]))}))
     if "data" in change:
@@ -162,11 +163,52 @@ def test_odpo_rows_carry_the_offset_that_their_scores_demand(quick):
     assert {row.offset for row in preference_rows(tokenizer, records, method="dpo", alpha=0.5, scale="log")} == {0.0}
 
 
-def test_odpo_without_scores_is_dpo_and_says_so(quick, capsys):
+@pytest.fixture
+def unscored(quick):
     rows = json.loads(Path(quick.data).read_text())
     Path(quick.data).write_text(json.dumps([row | {"scores": None} for row in rows]))
-    runs = [run_preference(quick, method=method, beta=0.1) for method in ("dpo", "odpo")]
-    assert same_weights(*runs) and capsys.readouterr().out.count("no scores") == 1
+    return quick
+
+
+def test_odpo_without_scores_takes_those_of_the_reward_model_and_says_so(unscored, capsys, monkeypatch):
+    seen, train = [], experiments.train
+    monkeypatch.setattr(experiments, "train", lambda policy, rows, *a, **o: seen.append(rows) or train(policy, rows, *a, **o))
+    run = run_preference(unscored, method="odpo", beta=0.1)
+    said = capsys.readouterr().out
+    assert "no scores" in said and "held-out pairs right" in said
+    reward_model = run_reward_model(unscored)
+    assert run.config["reward_model"] == reward_model.path.name
+    made = reward_model.scored(pdpo.pairs(pdpo.load_split(unscored.data)[0], num_per_prompt=unscored.pairs_per_prompt))
+    differences = np.array([record.scores[0] - record.scores[1] for record in made])
+    expected = np.where(differences > 0, unscored.alpha * np.log(np.abs(differences)), 0)  # flipped pairs get 0
+    assert [row.offset for row in seen[-1]] == pytest.approx(expected.tolist(), abs=1e-4) and (differences > 0).mean() > 0.6
+    run_preference(unscored, method="dpo", beta=0.1)
+    assert {row.offset for row in seen[-1]} == {0.0} and "no scores" not in capsys.readouterr().out
+
+
+def test_the_reward_model_is_a_stage_that_never_sees_scores_and_is_tried_on_the_test_split(quick, trained, monkeypatch):
+    reward_model = run_reward_model(quick)
+    test_pairs = pdpo.pairs(pdpo.load_split(quick.data)[2])
+    assert reward_model.held_out.shape == (len(test_pairs),) and trained == ["sft"]
+    scores = torch.tensor([record.scores for record in reward_model.scored(test_pairs)])
+    assert torch.allclose(
+        (scores[:, 0] - scores[:, 1]).sigmoid(), torch.tensor(reward_model.held_out, dtype=torch.float32), atol=1e-5
+    )
+    assert f"{np.mean(reward_model.held_out > 0.5):.3f} of {len(test_pairs)} held-out pairs right" in str(reward_model)
+
+    ranking = pdpo.load_split(quick.data)[2][:3] + test_pairs[:2]  # K = 4 and K = 2 side by side
+    by_hand = [
+        last_hidden(reward_model.sft.load_policy(), pdpo.encoding.encode_records(reward_model.sft.load_tokenizer(), [record]))[
+            0
+        ]
+        @ reward_model.weights
+        for record in ranking
+    ]
+    for record, expected in zip(reward_model.scored(ranking), by_hand, strict=True):
+        assert record.scores == pytest.approx(expected.tolist(), abs=1e-4)
+
+    monkeypatch.setattr(experiments, "fit_reward_head", None)
+    assert (run_reward_model(quick).held_out == reward_model.held_out).all()  # found again
 
 
 def test_odpo_with_alpha_zero_is_dpo_bit_for_bit(quick):
@@ -251,7 +293,7 @@ def test_on_the_toy_win_rates_come_with_grades(quick, monkeypatch):
 def package_copy(folder: Path, monkeypatch) -> Path:
     for module in Path(pdpo.__file__).parent.glob("*.py"):
         (folder / module.name).write_text(module.read_text())
-    monkeypatch.setattr(experiments, "__file__", str(folder / "experiments.py"))
+    monkeypatch.setattr(pdpo.stages, "__file__", str(folder / "stages.py"))
     return folder / "losses.py"
 
 
@@ -379,6 +421,47 @@ def test_run_all_waits_for_one_stage_only_before_it_looks_again():
 
     assert run_all(stage, [{"name": name} for name in "abc"]) == ["a", "b", "c"]
     assert calls[3:] == [("a", True), ("b", False), ("c", False)]
+
+
+def test_run_all_is_helped_by_a_second_process_and_every_stage_is_trained_once(quick, trained, monkeypatch):
+    monkeypatch.setenv("PDPO_WORKERS", "2")
+    monkeypatch.setattr(pdpo.stages, "HELP_AFTER_SECONDS", 0.0)
+    train = experiments.train
+
+    def wait_for_help(*arguments, **options):
+        if len(trained) == 1:  # our second stage: by then, somebody is to have finished another one
+            wait_until(lambda: len(list((runs_dir() / "quick").glob("sft-seed?-??????????"))) > 1)
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(experiments, "train", wait_for_help)
+    runs = run_all(run_sft, [{"preset": quick, "seed": seed} for seed in range(5)])
+    assert [run.seed for run in runs] == list(range(5)) and 2 <= len(trained) < 5
+    assert len(list((runs_dir() / "quick").glob("sft-seed*"))) - len(list((runs_dir() / "quick").glob("*.lock"))) == 5
+    alone = run_sft(replace(quick, name="alone"), seed=4)  # which the helper began with
+    assert same_weights(runs[4], alone)
+
+
+def test_a_helper_ends_when_its_parent_is_killed(python, tmp_path):
+    beats = tmp_path / "beats"
+    process = python(
+        "-c",
+        f"import time, pdpo.stages, stages\nhelper = pdpo.stages._start_helper(stages.beat, [{{'file': {str(beats)!r}}}])\n"
+        "time.sleep(600)",
+    )  # fmt: skip
+    wait_until(beats.exists)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_senseless_number_of_workers_is_refused(monkeypatch, value):
+    monkeypatch.setenv("PDPO_WORKERS", value)
+    with pytest.raises(ValueError, match=f"PDPO_WORKERS: expected a number of processes, at least 1, got '{value}'"):
+        pdpo.stages._num_workers()
 
 
 # copies

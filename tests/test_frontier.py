@@ -1,4 +1,4 @@
-"""The frontier: Pareto set, area and intervals on hand-made points; pairs from samples; a reward model that can be known."""
+"""The frontier: Pareto set, area and intervals on hand-made points; pairs from samples."""
 
 import math
 
@@ -10,22 +10,17 @@ import torch
 import pdpo
 from pdpo import experiments, frontier, toy
 from pdpo.data import pairs
-from pdpo.encoding import encode_records
 from pdpo.experiments import Frontier, run_frontier
 from pdpo.frontier import (
     bootstrapped_rankings,
-    fit_reward_head,
     frontier_rows,
     height_between,
     height_with_interval,
-    last_hidden,
     pareto_set,
     resampled,
 )
-from pdpo.models import load_policy, train_tokenizer
 from pdpo.presets import Preset
 from pdpo.sampling import Sample
-from pdpo.training import Row
 
 
 def flat(heights, *, num_seeds=3, num_prompts=20, noise=0.0) -> Frontier:
@@ -148,29 +143,3 @@ def test_rankings_from_samples_are_sorted_by_score_without_ties_and_count_what_i
     records, counts = bootstrapped_rankings(Run(), num_samples=5)
     assert records == [pdpo.Preference(item.prompt, (texts[1], texts[0], texts[3]), (10.0, 8.0, 6.0))]
     assert counts == {"samples": 10, "empty": 1, "tied": 5, "prompts_left_out": 1}
-
-
-def test_last_hidden_is_the_state_at_the_end_of_each_response_whatever_is_padded():
-    records = toy.load()[:5]
-    tokenizer = train_tokenizer(records, vocab_size=300)
-    policy = load_policy(Preset("t", vocab_size=300, embedding=16, layers=1, heads=2, context=128), tokenizer=tokenizer)
-    rows = [Row(tuple(each)) for each in encode_records(tokenizer, records, max_length=128)]
-    found = last_hidden(policy, rows, batch_size=7)
-    assert found.shape == (5, 4, 16)
-    for i, row in enumerate(rows):
-        for k, each in enumerate(row.sequences):
-            with torch.no_grad():
-                alone = policy.base_model(input_ids=torch.tensor([each.input_ids])).last_hidden_state[0, -1]
-            torch.testing.assert_close(found[i, k], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_the_reward_head_recovers_the_direction_that_made_the_labels():
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.tensor([2.0, -1.0, 0.0, 0.5])
-    features = torch.randn(4000, 2, 4, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 1.0])  # in units of their own
-    margin = (features[:, 0] - features[:, 1]) @ truth
-    swap = torch.rand(4000, generator=generator) > margin.sigmoid()
-    features[swap] = features[swap].flip(1)
-    weights = fit_reward_head(features, weight_decay=1e-5)
-    assert torch.nn.functional.cosine_similarity(weights[[0, 1, 3]], truth[[0, 1, 3]], dim=0) > 0.98
-    assert weights.norm() == pytest.approx(truth.norm().item(), rel=0.15)
