@@ -11,7 +11,7 @@ step must agree with the plain path's. A time is the median over rounds of the m
 rounds of that round's ratio. `--cpu-time --threads 1` counts processor seconds instead of the clock's: for a machine that
 others are using, too.
 
-What the fast path saves is what a batch repeats, so the prompt template matters: "pdpo" is this kit's own, of 6 tokens;
+What the fast path saves is what a batch repeats, so the prompt template matters: "pdpo" is this kit's own, of 7 tokens;
 "alpaca" is that of Stanford Alpaca (Taori 2023), of 30 tokens, with which this data set is mostly used elsewhere.
 """
 
