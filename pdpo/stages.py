@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import platform
+import queue
 import subprocess
 import sys
 import threading
@@ -127,7 +128,7 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
         settings: its keyword arguments, one dict a call.
     """
     results: dict[int, object] = {}
-    helpers: list[subprocess.Popen] = []
+    helped = False
     bar = tqdm(total=len(settings), desc=f"{getattr(stage, '__name__', 'all')} stages", mininterval=1.0)
     wait = False
     try:
@@ -144,14 +145,15 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
                 bar.update()
                 wait = False
                 left = [settings[j] for j in range(len(settings) - 1, i, -1) if j not in results]
-                if not helpers and len(left) > 1 and time.monotonic() - began > HELP_AFTER_SECONDS:
-                    helpers = [_start_helper(stage, left) for _ in range(min(_num_workers(), len(left)) - 1)]
+                if not helped and len(left) > 1 and time.monotonic() - began > HELP_AFTER_SECONDS and _num_workers() > 1:
+                    _ask_helpers(stage, left)
+                    helped = True
             wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
+    except BaseException:  # an error, or the user has stopped us: the helpers stop, too
+        _end_helpers()
+        raise
     finally:
         bar.close()
-        for helper in helpers:  # by now idle, unless an error or the user has stopped us
-            helper.kill()
-            helper.communicate()
     return [results[i] for i in range(len(settings))]
 
 
@@ -164,34 +166,53 @@ def _num_workers() -> int:
     return int(chosen) if chosen else max(fitting, 1)
 
 
-def _start_helper(stage: Callable, settings: list[dict]) -> subprocess.Popen:
-    """A process that does these stages, as long as this one lives; it says nothing, its results lie on the disk."""
+_helpers: list[subprocess.Popen] = []
+
+
+def _ask_helpers(stage: Callable, settings: list[dict]) -> None:
+    """Gives a list of stages to the other processes, which start when first needed and end with this one, however it ends.
+
+    They say nothing; what they do lies on the disk.
+    """
+    _helpers[:] = [helper for helper in _helpers if helper.poll() is None]
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    task = pickle.dumps((stage, settings))
-    code = (
-        f"import sys; task = sys.stdin.buffer.read({len(task)}); import torch; torch.set_num_threads({torch.get_num_threads()}); "
-        "from pdpo.stages import _help; _help(task)"
-    )
-    helper = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=environment | {"PDPO_WORKERS": "1"},
-    )  # fmt: skip
-    with contextlib.suppress(BrokenPipeError):  # it could not start: then we do all the work ourselves
-        helper.stdin.write(task)
+    while len(_helpers) < _num_workers() - 1:
+        command, silent = [sys.executable, "-c", "from pdpo.stages import _help; _help()"], subprocess.DEVNULL
+        _helpers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=silent, stderr=silent, env=environment))
+    variables = {key: value for key, value in os.environ.items() if key.startswith("PDPO_")} | {"PDPO_WORKERS": "1"}
+    task = pickle.dumps((variables, torch.get_num_threads(), stage, settings))
+    for helper in _helpers:
+        threading.Thread(target=_send, args=(helper, task), daemon=True).start()  # a new process takes seconds to read
+
+
+def _send(helper: subprocess.Popen, task: bytes) -> None:
+    with contextlib.suppress(OSError):  # it is gone: then we do all the work ourselves
+        helper.stdin.write(b"%d\n" % len(task) + task)
         helper.stdin.flush()
-    return helper
 
 
-def _help(task: bytes) -> None:
-    stage, settings = pickle.loads(task)
+def _end_helpers() -> None:
+    while _helpers:
+        _helpers.pop().kill()
 
-    def end_with_parent():
-        sys.stdin.buffer.read()  # which ends when the parent does, however that happens
-        os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    run_all(stage, settings)
+def _help() -> None:
+    """What a helper runs: one list of stages after the other, until the process that sends them is gone."""
+    tasks: queue.Queue[bytes] = queue.Queue()
+
+    def receive():
+        while line := sys.stdin.buffer.readline():
+            tasks.put(sys.stdin.buffer.read(int(line)))
+        os._exit(0)
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        variables, num_threads, stage, settings = pickle.loads(tasks.get())
+        os.environ.update(variables)
+        torch.set_num_threads(num_threads)
+        with contextlib.suppress(Exception):  # the sender will meet it, too, and say it
+            run_all(stage, settings)
 
 
 def check_new_folder(target: Path) -> None:

@@ -445,8 +445,9 @@ def test_a_helper_ends_when_its_parent_is_killed(python, tmp_path):
     beats = tmp_path / "beats"
     process = python(
         "-c",
-        f"import time, pdpo.stages, stages\nhelper = pdpo.stages._start_helper(stages.beat, [{{'file': {str(beats)!r}}}])\n"
+        f"import time, pdpo.stages, stages\npdpo.stages._ask_helpers(stages.beat, [{{'file': {str(beats)!r}}}])\n"
         "time.sleep(600)",
+        PDPO_WORKERS="2",
     )  # fmt: skip
     wait_until(beats.exists)
     process.kill()
