@@ -65,7 +65,7 @@ def run_stage(group: str, name: str, determinants: dict, code: tuple, build: Cal
     except filelock.Timeout:
         if not wait:
             raise Busy(name) from None
-        print(f"waiting for {name}, which another process is at ({path.parent})", flush=True)
+        print(f"waiting for {name}, which another process is at ({shown(path.parent)})", flush=True)
         lock.acquire()
     try:
         if not path.is_dir():  # else it was finished while we waited
@@ -148,7 +148,9 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
                 if not helped and len(left) > 1 and time.monotonic() - began > HELP_AFTER_SECONDS and _num_workers() > 1:
                     _ask_helpers(stage, left)
                     helped = True
-            wait = len(results) == before  # all that is left is busy elsewhere: wait for the first of them
+            if len(results) == before:  # all that is left is busy elsewhere
+                time.sleep(0.2 if helped else 0.0)  # mostly with our helpers, which need no word
+                wait = not helped  # else wait for the first of them, and say so
     except BaseException:  # an error, or the user has stopped us: the helpers stop, too
         _end_helpers()
         raise
