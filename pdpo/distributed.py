@@ -107,8 +107,8 @@ def replicated(policy):
     """The policy whose backward passes give the mean of all processes' gradients; it begins as the leader's on each of them."""
     if world_size() == 1:
         return policy
-    # buffers are constants, and processes run unequal numbers of forward passes; gradients as views are not stored twice
-    replica = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(policy, gradient_as_bucket_view=True)  # else gradients would be stored twice
+    replica.broadcast_buffers = False  # they are constants, and not all processes run equally many forward passes
     replica.config, replica.dtype = policy.config, policy.dtype  # which log-probabilities read
     return replica
 

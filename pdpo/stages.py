@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 
 from pdpo.checkpoint import write_json
-from pdpo.distributed import is_leader, launch_rank, launched, on_leader, world_size
+from pdpo.distributed import gather, is_leader, launch_rank, launched, on_leader, world_size
 from pdpo.presets import device
 
 HELP_AFTER_SECONDS = 2.0  # a stage that takes longer was not just read from the disk
@@ -66,8 +66,10 @@ def run_stage(
         if not on_leader(path.is_dir):  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             on_leader(lambda: partial.mkdir(exist_ok=True))
-            if not partial.is_dir():
-                raise ValueError(f"{partial}: process 0 made this folder. Set PDPO_RUNS_DIR to one that all machines share.")
+            if not all(seen := gather(partial.is_dir())):
+                raise ValueError(
+                    f"{partial}: expected a folder that all processes see, got {seen}. Set PDPO_RUNS_DIR to one that they share."
+                )
             if device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}

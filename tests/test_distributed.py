@@ -38,7 +38,7 @@ def run_ranks(task: str, folder: Path) -> list[tuple[int, str]]:
         for rank in "01"
     ]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -188,7 +188,8 @@ def test_torchrun_trains_the_stages_of_one_process_and_saves_once(python, tmp_pa
         folder = together / "tiny" / run.path.name  # the number of processes is not in the key
         found = differences(json.loads((folder / "history.json").read_text()), run.history)
         print(run.method, {key: f"{value:.1e}" for key, value in found.items()})
-        assert max(found.values()) < 1e-5
+        assert all(found[key] < 1e-5 for key in ("loss", "eval_loss", "grad_norm"))
+        assert max(found.values()) < 1e-4  # rewards are differences of large numbers
         assert json.loads((folder / "stage.json").read_text())["environment"]["processes"] == 2
         assert "processes" not in json.loads((run.path / "stage.json").read_text())["environment"]
     assert not [path for path in (together / "tiny").iterdir() if ".partial" in path.name]
