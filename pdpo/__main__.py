@@ -1,13 +1,19 @@
-"""The command line: `python -m pdpo run` executes the notebooks, `python -m pdpo train` trains on a preference file."""
+"""The command line: `run` executes the notebooks, `train` trains on a preference file, `sweep` does so for every beta."""
 
 import argparse
+import contextlib
+import csv
+import io
+import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from pdpo import data, experiments
-from pdpo.evaluation import bootstrap_interval
-from pdpo.presets import PRESETS, device
+from pdpo.distributed import claim_gpu, is_leader, launch_rank, launch_size, process_group
+from pdpo.evaluation import bootstrap_interval, with_interval
+from pdpo.presets import PRESETS, Preset, device
 from pdpo.training import METHODS, TrainConfig
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
@@ -22,10 +28,34 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08; default: all")
     run.add_argument("--jobs", type=int, help="notebooks at a time; default: 2 on a CPU with two cores or more, else 1")
     run.add_argument("--save", action="store_true", help="write the outputs into notebooks/ (for maintainers)")
-    train = commands.add_parser("train", help="SFT, then preference training, on a preference file")
+    train = commands.add_parser("train", help="SFT, then preference training, on a preference file", parents=[_training()])
+    train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods)")
+    sweep = commands.add_parser("sweep", help="train and measure every method, beta and seed", parents=[_training()])
+    sweep.add_argument("--beta", type=float, nargs="+", help=f"{BETA}; default: the preset's")
+    sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    sweep.add_argument("--out", type=Path, help="a new CSV file for the table")
+    options = parser.parse_args(arguments)
+    command = {"run": _run, "train": _train, "sweep": _sweep}[options.command]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if launch_rank() > 0 else contextlib.nullcontext():
+            return command(options)
+    except ValueError as error:
+        if launch_rank() > 0:
+            time.sleep(5)  # where process 0 says the same, torchrun meanwhile ends this one
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _training() -> argparse.ArgumentParser:
+    """The options of all commands that train."""
+    train = argparse.ArgumentParser(add_help=False)
     train.add_argument("--data", help=".json or .jsonl with prompt, chosen, rejected [chosen_score, rejected_score], or a name")
     train.add_argument("--method", nargs="+", choices=METHODS, default=["dpo"], help="default: dpo; SFT always comes first")
-    train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     train.add_argument("--alpha", type=float, help="ODPO's strength; default: the preset's")
     train.add_argument("--preset", choices=PRESETS, help="default: gpt2-medium on a GPU, else small")
     train.add_argument("--model", help="a folder or hub name of a causal language model; default: the preset's")
@@ -33,17 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--sft-steps", type=int, help="optimizer steps of SFT; default: the preset's")
     train.add_argument("--steps", type=int, help="optimizer steps of each preference run; default: the preset's")
     train.add_argument("--lr", type=float, help="peak learning rate of preference training; default: the preset's")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods)")
-    options = parser.parse_args(arguments)
-    try:
-        return {"run": _run, "train": _train}[options.command](options)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    return train
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -53,22 +73,34 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if run_notebooks(preset, options.notebooks, jobs=options.jobs, save=options.save) else 1
 
 
-def _train(options: argparse.Namespace) -> int:
-    if options.out is not None:
-        experiments.check_new_folder(options.out)
+def _preset(options: argparse.Namespace) -> Preset:
+    """The preset that the options of `_training` ask for."""
     name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
     changes = {
         "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
         "preference_steps": options.steps, "preference_lr": options.lr, "alpha": options.alpha,
     }  # fmt: skip
-    preset = replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
-    records = data.load_preferences(preset.data)  # bad input is refused before anything is trained
-    for method in set(options.method) - {"sft"}:
-        TrainConfig(method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=options.beta)
+    return replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
+
+
+def _start(preset: Preset, methods: list[str], betas: list[float]) -> list[data.Preference]:
+    """The preset's records; bad input is refused before anything is trained."""
+    records = data.load_preferences(preset.data)
+    for method in set(methods) - {"sft"}:
+        for beta in betas:
+            TrainConfig(method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta)
     experiments.start(preset)
     parts = data.load_split(preset.data)
     print("prompts of {} rows: {} to train on, {} to watch, {} to test".format(len(records), *map(len, parts)))
+    return records
 
+
+@process_group()
+def _train(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        experiments.check_new_folder(options.out)
+    preset = _preset(options)
+    records = _start(preset, options.method, [options.beta])
     sft = experiments.run_sft(preset, seed=options.seed)
     report = data.data_report(records, sft.load_tokenizer())
     print("data: " + ", ".join(f"{key} {value}" for key, value in report.items()))
@@ -88,10 +120,60 @@ def _train(options: argparse.Namespace) -> int:
         )
         for row in evaluation.rows[:: max(len(evaluation.rows) // 2, 1)][:2]:
             print(f"  {row['prompt'][:70]!r} -> {row['text'][:90]!r}")
-        if options.out is not None and method in options.method:
+        if options.out is not None and method in options.method and is_leader():
             target = options.out if len(options.method) == 1 else options.out / method
             print(f"{method}: saved in {experiments.copy_run(run, target)}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Under torchrun every process walks the same list from a place of its own; the stages' locks share out the work."""
+    claim_gpu()
+    if options.out is not None and options.out.exists() and launch_rank() == 0:
+        raise ValueError(f"{options.out}: expected a new file, got one that exists. Choose another name.")
+    preset = _preset(options)
+    betas = options.beta or preset.betas
+    _start(preset, options.method, betas)
+    settings = [
+        {"preset": preset, "method": method, "beta": beta, "seed": seed}
+        for seed in dict.fromkeys(options.seeds)
+        for method in dict.fromkeys(options.method)
+        for beta in (dict.fromkeys(betas) if method != "sft" else [None])
+    ]
+    first = len(settings) * launch_rank() // launch_size()
+    measured = experiments.run_all(experiments.run_win_rate, settings[first:] + settings[:first])
+    if launch_rank() > 0:
+        return 0
+    rows = [_measurements(setting, evaluation) for setting, evaluation in zip(settings, measured, strict=True)]
+    lines = [list(rows[0])] + [
+        [f"{value:.3f}" if key not in ("method", "beta", "seed") else f"{value}" for key, value in row.items()] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, options.out)
+        print(f"saved in {options.out}")
+    return 0
+
+
+def _measurements(setting: dict, evaluation: experiments.Evaluation) -> dict:
+    """A line of the sweep's table: held-out loss in nats, KL in nats a response, shares of wins, and on `toy` the gold score."""
+    is_sft = setting["method"] == "sft"
+    run = experiments.run_sft(setting["preset"], seed=setting["seed"]) if is_sft else experiments.run_preference(**setting)
+    score = {"score": float(evaluation.column("score").mean())} if "score" in evaluation.rows[0] else {}
+    return {
+        **{"method": run.method, "beta": "" if is_sft else run.beta, "seed": run.seed},
+        **{"eval_loss": run.history[-1]["eval_loss"], "kl": float(evaluation.column("kl").mean())},
+        **with_interval("win", evaluation.column("win")),
+        **score,
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import transformers
 
 from pdpo.checkpoint import write_json
 from pdpo.data import Preference, fingerprint, load_split, pairs
+from pdpo.distributed import is_leader, on_leader, world_size
 from pdpo.encoding import encode_records
 from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
 from pdpo.losses import score_offset
@@ -23,7 +24,7 @@ from pdpo.sampling import sample
 from pdpo.stages import check_new_folder, run_all, run_stage, runs_dir, shown
 from pdpo.training import Row, TrainConfig, train, with_reference_logps
 
-TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "training")
+TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "distributed", "training")
 MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
 REWARD_CODE = ("encoding", "losses", "models", "reward")
 EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
@@ -154,9 +155,10 @@ def start(preset: str | Preset | None = None) -> Preset:
     transformers.logging.disable_progress_bar()
     if device().type == "cpu":
         torch.set_num_threads(1)  # the same seed then gives the same bits in every process
+    processes = f"{world_size()} processes, " if world_size() > 1 else ""
     hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, 1 of {os.cpu_count()} cores"
     print(
-        f"preset {chosen.name}: {hardware}, {chosen.precision}, data {chosen.data}, results in {shown(runs_dir() / chosen.name)}"
+        f"preset {chosen.name}: {processes}{hardware}, {chosen.precision}, data {chosen.data}, results in {shown(runs_dir() / chosen.name)}"
     )
     return chosen
 
@@ -202,7 +204,8 @@ def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
         "num_evaluations": preset.num_evaluations,
         "data": fingerprint(train_records + validation),
     }
-    return _load_run(preset, *run_stage(preset.name, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait))
+    stage = run_stage(preset.name, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait, together=True)
+    return _load_run(preset, *stage)
 
 
 def run_preference(
@@ -284,12 +287,8 @@ def run_preference(
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
     }
-    return _load_run(
-        preset,
-        *run_stage(
-            preset.name, f"{method}-beta{beta:g}-seed{seed}", determinants, TRAINING_CODE + MEASURING_CODE, build, wait=wait
-        ),
-    )
+    name, code = f"{method}-beta{beta:g}-seed{seed}", TRAINING_CODE + MEASURING_CODE
+    return _load_run(preset, *run_stage(preset.name, name, determinants, code, build, wait=wait, together=True))
 
 
 def run_reward_model(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> RewardModel:
@@ -428,8 +427,8 @@ def run_info(preset: Preset, stages: list) -> dict:
     records = [json.loads((stage.path / "stage.json").read_text(encoding="utf-8")) for stage in stages]
     environments = [record["environment"] for record in records]
     together = {
-        key: sorted({str(each[key]) for each in environments})
-        for key in ("python", "torch", "transformers", "device", "model_revision")
+        key: sorted({str(each[key]) for each in environments if each.get(key)})
+        for key in ("python", "torch", "transformers", "device", "processes", "model_revision")
         if any(each.get(key) for each in environments)
     }
     return {
@@ -465,10 +464,10 @@ def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
     content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
-    if not path.exists():
+    if not on_leader(path.exists):
         preset = sft.preset
         done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
-        write_json(path, [row.reference_logps for row in done])
+        on_leader(lambda: write_json(path, [row.reference_logps for row in done]))
     stored = json.loads(path.read_text(encoding="utf-8"))
     return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, stored, strict=True)]
 
@@ -479,6 +478,8 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
         evaluate_every=max(config.steps // preset.num_evaluations, 1),
         checkpoint=folder / "checkpoint.pt", checkpoint_seconds=preset.checkpoint_seconds,
     )  # fmt: skip
+    if not is_leader():
+        return
     policy.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     write_json(folder / "history.json", history)

@@ -100,5 +100,7 @@ def choose_precision(capability: tuple[int, int] | None = None) -> str:
 
 
 def device() -> torch.device:
-    """cuda where present, else cpu."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """cuda where present, else cpu; of the processes that torchrun starts on one machine, each has its own GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")

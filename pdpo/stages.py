@@ -26,6 +26,7 @@ import transformers
 from tqdm import tqdm
 
 from pdpo.checkpoint import write_json
+from pdpo.distributed import gather, is_leader, launch_rank, launched, on_leader, world_size
 from pdpo.presets import device
 
 HELP_AFTER_SECONDS = 2.0  # a stage that takes longer was not just read from the disk
@@ -48,47 +49,76 @@ def shown(path: Path) -> str:
     return str(path.relative_to(checkout)) if path.is_relative_to(checkout) else str(path)
 
 
-def run_stage(group: str, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool) -> tuple[Path, dict]:
+def run_stage(
+    group: str, name: str, determinants: dict, code: tuple, build: Callable, *, wait: bool, together: bool = False
+) -> tuple[Path, dict]:
     """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
 
-    What build returns, if anything, goes on record beside the environment.
+    What build returns, if anything, goes on record beside the environment. Of a `distributed.process_group`, whose processes
+    must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build.
     """
     config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(code)}))
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
     path = runs_dir() / group / f"{name}-{key}"
-    if path.is_dir():
+    if on_leader(path.is_dir):
         return path, config
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        if not wait:
-            raise Busy(name) from None
-        print(f"waiting for {name}, which another process is at ({shown(path.parent)})", flush=True)
-        lock.acquire()
-    try:
-        if not path.is_dir():  # else it was finished while we waited
+    with _locked(path, name, wait):
+        if not on_leader(path.is_dir):  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
-            partial.mkdir(exist_ok=True)
+            on_leader(lambda: partial.mkdir(exist_ok=True))
+            if not all(seen := gather(partial.is_dir())):
+                raise ValueError(
+                    f"{partial}: expected a folder that all processes see, got {seen}. Set PDPO_RUNS_DIR to one that they share."
+                )
             if device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            facts = build(partial) or {}
-            write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
-            os.replace(partial, path)
-    finally:
-        lock.release()
+            facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}
+
+            def finish() -> None:
+                write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
+                os.replace(partial, path)
+
+            on_leader(finish)
     return path, config
 
 
+@contextlib.contextmanager
+def _locked(path: Path, name: str, wait: bool):
+    """Holds the lock of the stage that belongs at `path`."""
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+
+    def is_free() -> bool:
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            return False
+        return True
+
+    if not on_leader(is_free):
+        if not wait:
+            raise Busy(name)
+        print(f"waiting for {name}, which another process is at ({shown(path.parent)})", flush=True)
+        if is_leader():
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()  # which does nothing where it is not held
+
+
 def environment(began: float) -> dict:
-    """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB."""
+    """What a result was made with: versions, device, minutes since `began` (time.monotonic()), peak memory in MB.
+
+    Of several processes also how many; the rest is the leader's.
+    """
     cuda = device().type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        **({"processes": world_size()} if world_size() > 1 else {}),
         "minutes": round((time.monotonic() - began) / 60, 3),
         "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else _peak_memory_mb(),
     }
@@ -129,7 +159,8 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     """
     results: dict[int, object] = {}
     helped = False
-    bar = tqdm(total=len(settings), desc=f"{getattr(stage, '__name__', 'all')} stages", mininterval=1.0)
+    description, hidden = f"{getattr(stage, '__name__', 'all')} stages", launch_rank() > 0
+    bar = tqdm(total=len(settings), desc=description, disable=hidden, mininterval=1.0)
     wait = False
     try:
         while len(results) < len(settings):
@@ -160,7 +191,12 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
 
 
 def _num_workers() -> int:
-    """$PDPO_WORKERS, else one for each core that is not used by this process's threads, four at most; one on a GPU."""
+    """$PDPO_WORKERS, else one for each core that is not used by this process's threads, four at most; one on a GPU.
+
+    One under torchrun, too: that has started all that there should be.
+    """
+    if launched():
+        return 1
     chosen = os.environ.get("PDPO_WORKERS", "")
     if chosen and not (chosen.isdigit() and int(chosen) > 0):
         raise ValueError(f"PDPO_WORKERS: expected a number of processes, at least 1, got {chosen!r}.")

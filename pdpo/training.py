@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
+from pdpo.distributed import exchanging, gather, is_leader, launch_rank, on_leader, replicated, share, summed, world_size
 from pdpo.encoding import Encoded, collate
 from pdpo.logps import sequence_logps
 from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss, slic_loss
@@ -144,12 +145,13 @@ def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, p
         return []
     logps_of = fastest_logps(reference, rows)
     reference.eval()
-    done: list[Row | None] = [None] * len(rows)
-    for part in micro_batches(range(len(rows)), rows, micro_batch_size):
+    known: dict[int, list[float]] = {}
+    for part in micro_batches(share(len(rows)), rows, micro_batch_size):
         logps = logps_of(reference, [rows[i] for i in part], precision=precision)
-        for i, values in zip(part, logps.tolist(), strict=True):
-            done[i] = Row(rows[i].sequences, rows[i].offset, tuple(values))
-    return done
+        known |= zip(part, logps.tolist(), strict=True)
+    for of_one_process in gather(known):
+        known |= of_one_process
+    return [replace(row, reference_logps=tuple(known[i])) for i, row in enumerate(rows)]
 
 
 def row_losses(
@@ -183,7 +185,8 @@ def train_step(
     """One optimizer step on the mean loss of `rows`, in micro batches whose gradients add up to that of one large batch.
 
     Args:
-        policy, optimizer, rows, config: as in `train`.
+        policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and a policy that is
+            `distributed.replicated`, and computes its share.
         logps_of: `policy_logps`, or what `fastest_logps` gives.
         scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
     Returns:
@@ -201,14 +204,16 @@ def train_step(
         else len(rows)
     )
     totals: dict[str, Tensor] = {}
-    for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
-        losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
-        scaler.scale(losses.sum() / count).backward()
+    parts = micro_batches(share(len(rows)), rows, config.micro_batch_size)
+    for part in parts:
+        with exchanging(policy, when=part is parts[-1]):
+            losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
+            scaler.scale(losses.sum() / count * world_size()).backward()  # processes' gradients are averaged, not summed
         sums = {"loss": losses.detach().sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
         totals = {key: totals.get(key, 0.0) + value for key, value in sums.items()}
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    record = {key: float(value) for key, value in totals.items()} | {"grad_norm": float(grad_norm)}
+    record = summed({key: float(value) for key, value in totals.items()}) | {"grad_norm": float(grad_norm)}
     scale_too_high = scaler.is_enabled() and scaler.get_scale() > 1  # the scaler then halves it and leaves this step out
     if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scale_too_high):
         raise ValueError(
@@ -230,11 +235,11 @@ def evaluate_rows(policy, rows: list[Row], config: TrainConfig, *, logps_of: Cal
         if config.method == "sft"
         else len(rows)
     )
-    for part in micro_batches(range(len(rows)), rows, config.micro_batch_size):
+    for part in micro_batches(share(len(rows)), rows, config.micro_batch_size):
         losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
         sums = {"eval_loss": losses.sum() / count} | {f"eval_{key}": value.sum() / len(rows) for key, value in measured.items()}
         totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
-    return totals
+    return summed(totals)
 
 
 def train(
@@ -251,23 +256,27 @@ def train(
 ) -> list[dict]:
     """Trains `policy` in place; with a checkpoint file, goes on where a killed run stopped and ends with the same bits.
 
+    In a `distributed.process_group` all processes call this with the same arguments, and get the same history.
+
     Args:
         policy: a causal language model without dropout.
         rows: the training rows, with reference_logps for every method but SFT.
         config: hyperparameters; part of the checkpoint.
         held_out: rows that `eval_*` numbers are measured on.
         measure: function(policy) -> dict of more held-out numbers (the KL, say); must not draw from global generators.
+            Of several processes the leader calls it.
         evaluate_every: optimizer steps between held-out measurements, which also come before the first and after the last
             step; None measures only then.
-        checkpoint: file for interrupted runs; the caller removes it.
+        checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
         show_progress: a tqdm bar.
     Returns:
         History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the step
         after which they were made; step 0 holds those from before the first.
     Raises:
-        ValueError: rows without reference_logps, no rows, a checkpoint of another config, a loss that is not finite, a
-            second error for want of memory (after the first, micro batches are half as large).
+        ValueError: rows without reference_logps, no rows, fewer rows a batch than processes, a checkpoint of another
+            config, a loss that is not finite, a second error for want of memory (after the first, micro batches are half
+            as large; of several processes, the first).
     """
     _check_rows(rows, config)
     device = next(policy.parameters()).device
@@ -288,20 +297,20 @@ def train(
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         history = state["history"]
+    replica = replicated(policy)
 
     def evaluation() -> dict:
         optimizer.zero_grad(set_to_none=True)  # room for what is measured
         numbers = evaluate_rows(policy, held_out, in_memory, logps_of=logps_of) if held_out else {}
-        return numbers | (measure(policy) if measure else {})
+        return numbers | (on_leader(lambda: measure(policy)) if measure else {})
 
     if not history:
         history.append({"step": 0, "epoch": 0.0} | evaluation())
     saved_at = time.monotonic()
     description = config.method if config.beta is None else f"{config.method} beta={config.beta}"
     steps = range(history[-1]["step"], config.steps)
-    bar = tqdm(
-        steps, description, initial=steps.start, total=config.steps, disable=not show_progress, leave=False, mininterval=1.0
-    )
+    hidden = not show_progress or launch_rank() > 0
+    bar = tqdm(steps, description, initial=steps.start, total=config.steps, disable=hidden, leave=False, mininterval=1.0)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -310,7 +319,7 @@ def train(
         measured = None
         while measured is None:
             try:
-                measured = train_step(policy, optimizer, batch, in_memory, logps_of=logps_of, scaler=scaler)
+                measured = train_step(replica, optimizer, batch, in_memory, logps_of=logps_of, scaler=scaler)
             except torch.OutOfMemoryError as error:
                 in_memory = _halved(in_memory, limit, error)
         record |= measured
@@ -318,7 +327,8 @@ def train(
         if step + 1 == config.steps or (evaluate_every and (step + 1) % evaluate_every == 0):
             record |= evaluation()
         history.append(record)
-        if checkpoint is not None and time.monotonic() - saved_at >= checkpoint_seconds and step + 1 < config.steps:
+        due = time.monotonic() - saved_at >= checkpoint_seconds and step + 1 < config.steps
+        if checkpoint is not None and due and is_leader():
             parts = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             parts["scaler"] = scaler.state_dict()
             save_checkpoint(checkpoint, parts | {"step": step + 1, "history": history, "config": asdict(config)})
@@ -383,11 +393,15 @@ def fitting_micro_batch(policy, rows: list[Row], free_bytes: int) -> int:
 
 
 def _halved(config: TrainConfig, limit: int, error: torch.OutOfMemoryError) -> TrainConfig:
-    """The config with half the micro batch, whose gradients add up to the same; ValueError where that was done before."""
+    """The config with half the micro batch, whose gradients add up to the same; ValueError where that was done before.
+
+    Of several processes none tries again: the others would wait for a gradient that this one has half exchanged.
+    """
     size = config.micro_batch_size
-    if size < limit or size == 1:
+    if size < limit or size == 1 or world_size() > 1:
+        times = "" if world_size() > 1 else " twice, the last time"
         raise ValueError(
-            f"train: out of memory twice, the last time with micro batches of {size} sequences ({str(error).splitlines()[0]}). "
+            f"train: out of memory{times} with micro batches of {size} sequences ({str(error).splitlines()[0]}). "
             "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
         ) from None
     print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
@@ -397,6 +411,11 @@ def _halved(config: TrainConfig, limit: int, error: torch.OutOfMemoryError) -> T
 def _check_rows(rows: list[Row], config: TrainConfig) -> None:
     if not rows:
         raise ValueError("train: expected at least one row to train on, got none. Is the training split empty?")
+    if config.batch_size < world_size():
+        raise ValueError(
+            f"train: expected a batch_size of at least {world_size()}, the number of processes, got {config.batch_size}. "
+            "Start fewer processes or raise batch_size."
+        )
     if config.method == "sft":
         return
     missing = [i for i, row in enumerate(rows) if row.reference_logps is None]

@@ -20,7 +20,8 @@ def preset(folder: Path, **changes) -> Preset:
     """A preset that trains in a second, on 60 of the toy's prompts, which it writes into folder as a file."""
     file = folder / "data.json"
     rows = [{"prompt": record.prompt, "responses": record.responses, "scores": record.scores} for record in toy.load()[::17]]
-    file.write_text(json.dumps(rows))
+    if not file.exists():  # else another process may be reading it
+        file.write_text(json.dumps(rows))
     settings = {
         "data": str(file), "vocab_size": 400, "embedding": 32, "layers": 1, "heads": 2, "context": 80,
         "sft_steps": 12, "sft_batch_size": 8, "preference_steps": 6, "preference_batch_size": 8, "micro_batch_size": 16,
