@@ -1,4 +1,4 @@
-"""The command line: `python -m pdpo run` executes the notebooks, `python -m pdpo train` trains on a preference file."""
+"""The command line: `python -m pdpo run` executes the notebooks, `train` trains on a preference file, `export-trl` hands over."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdpo import data, experiments
 from pdpo.evaluation import bootstrap_interval
-from pdpo.presets import PRESETS, device
+from pdpo.presets import PRESETS, Preset, device
 from pdpo.training import METHODS, TrainConfig
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
@@ -22,22 +22,26 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08; default: all")
     run.add_argument("--jobs", type=int, help="notebooks at a time; default: 2 on a CPU with two cores or more, else 1")
     run.add_argument("--save", action="store_true", help="write the outputs into notebooks/ (for maintainers)")
-    train = commands.add_parser("train", help="SFT, then preference training, on a preference file")
-    train.add_argument("--data", help=".json or .jsonl with prompt, chosen, rejected [chosen_score, rejected_score], or a name")
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument("--data", help=".json or .jsonl with prompt, chosen, rejected [chosen_score, rejected_score], or a name")
+    both.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
+    both.add_argument("--preset", choices=PRESETS, help="default: gpt2-medium on a GPU, else small")
+    both.add_argument("--model", help="a folder or hub name of a causal language model; default: the preset's")
+    both.add_argument("--tokenizer", help="a folder or hub name; default: the model's, or a BPE trained on the data")
+    both.add_argument("--sft-steps", type=int, help="optimizer steps of SFT; default: the preset's")
+    both.add_argument("--steps", type=int, help="optimizer steps of each preference run; default: the preset's")
+    both.add_argument("--lr", type=float, help="peak learning rate of preference training; default: the preset's")
+    both.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser("train", parents=[both], help="SFT, then preference training, on a preference file")
     train.add_argument("--method", nargs="+", choices=METHODS, default=["dpo"], help="default: dpo; SFT always comes first")
-    train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     train.add_argument("--alpha", type=float, help="ODPO's strength; default: the preset's")
-    train.add_argument("--preset", choices=PRESETS, help="default: gpt2-medium on a GPU, else small")
-    train.add_argument("--model", help="a folder or hub name of a causal language model; default: the preset's")
-    train.add_argument("--tokenizer", help="a folder or hub name; default: the model's, or a BPE trained on the data")
-    train.add_argument("--sft-steps", type=int, help="optimizer steps of SFT; default: the preset's")
-    train.add_argument("--steps", type=int, help="optimizer steps of each preference run; default: the preset's")
-    train.add_argument("--lr", type=float, help="peak learning rate of preference training; default: the preset's")
-    train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods)")
+    export = commands.add_parser("export-trl", parents=[both], help="SFT, then a folder from which `trl dpo` goes on")
+    export.add_argument("target", type=Path, metavar="DIR", help="a new folder")
+    export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "train": _train}[options.command](options)
+        return {"run": _run, "train": _train, "export-trl": _export_trl}[options.command](options)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -53,15 +57,20 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if run_notebooks(preset, options.notebooks, jobs=options.jobs, save=options.save) else 1
 
 
-def _train(options: argparse.Namespace) -> int:
-    if options.out is not None:
-        experiments.check_new_folder(options.out)
+def _preset(options: argparse.Namespace) -> Preset:
+    """The preset that fits, with what the options change of it."""
     name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
     changes = {
         "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
-        "preference_steps": options.steps, "preference_lr": options.lr, "alpha": options.alpha,
+        "preference_steps": options.steps, "preference_lr": options.lr, "alpha": getattr(options, "alpha", None),
     }  # fmt: skip
-    preset = replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
+    return replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        experiments.check_new_folder(options.out)
+    preset = _preset(options)
     records = data.load_preferences(preset.data)  # bad input is refused before anything is trained
     for method in set(options.method) - {"sft"}:
         TrainConfig(method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=options.beta)
@@ -91,6 +100,16 @@ def _train(options: argparse.Namespace) -> int:
         if options.out is not None and method in options.method:
             target = options.out if len(options.method) == 1 else options.out / method
             print(f"{method}: saved in {experiments.copy_run(run, target)}")
+    return 0
+
+
+def _export_trl(options: argparse.Namespace) -> int:
+    from pdpo.export import export_trl
+
+    preset = experiments.start(_preset(options))
+    target = export_trl(preset, options.target, beta=options.beta, method=options.method, seed=options.seed)
+    print(f"{preset.preference_steps} steps of {preset.preference_batch_size} pairs, for TRL; go on with:")
+    print(f"  cd {target} && trl dpo --config dpo.yaml")
     return 0
 
 
