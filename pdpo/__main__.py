@@ -1,4 +1,4 @@
-"""The command line: `run` executes the notebooks, `train` trains on a preference file, `sweep` does so for every beta."""
+"""The command line: `run` executes the notebooks, `train` trains on a preference file, `sweep` for every beta, `export-trl` hands over."""
 
 import argparse
 import contextlib
@@ -28,16 +28,27 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08; default: all")
     run.add_argument("--jobs", type=int, help="notebooks at a time; default: 2 on a CPU with two cores or more, else 1")
     run.add_argument("--save", action="store_true", help="write the outputs into notebooks/ (for maintainers)")
+    methods = {"nargs": "+", "choices": METHODS, "default": ["dpo"], "help": "default: dpo; SFT always comes first"}
+    alpha = {"type": float, "help": "ODPO's strength; default: the preset's"}
     train = commands.add_parser("train", help="SFT, then preference training, on a preference file", parents=[_training()])
+    train.add_argument("--method", **methods)
+    train.add_argument("--alpha", **alpha)
     train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods)")
     sweep = commands.add_parser("sweep", help="train and measure every method, beta and seed", parents=[_training()])
+    sweep.add_argument("--method", **methods)
+    sweep.add_argument("--alpha", **alpha)
     sweep.add_argument("--beta", type=float, nargs="+", help=f"{BETA}; default: the preset's")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     sweep.add_argument("--out", type=Path, help="a new CSV file for the table")
+    export = commands.add_parser("export-trl", help="SFT, then a folder from which `trl dpo` goes on", parents=[_training()])
+    export.add_argument("target", type=Path, metavar="DIR", help="a new folder")
+    export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
+    export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
+    export.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    command = {"run": _run, "train": _train, "sweep": _sweep}[options.command]
+    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}[options.command]
     try:
         with contextlib.redirect_stdout(io.StringIO()) if launch_rank() > 0 else contextlib.nullcontext():
             return command(options)
@@ -55,8 +66,6 @@ def _training() -> argparse.ArgumentParser:
     """The options of all commands that train."""
     train = argparse.ArgumentParser(add_help=False)
     train.add_argument("--data", help=".json or .jsonl with prompt, chosen, rejected [chosen_score, rejected_score], or a name")
-    train.add_argument("--method", nargs="+", choices=METHODS, default=["dpo"], help="default: dpo; SFT always comes first")
-    train.add_argument("--alpha", type=float, help="ODPO's strength; default: the preset's")
     train.add_argument("--preset", choices=PRESETS, help="default: gpt2-medium on a GPU, else small")
     train.add_argument("--model", help="a folder or hub name of a causal language model; default: the preset's")
     train.add_argument("--tokenizer", help="a folder or hub name; default: the model's, or a BPE trained on the data")
@@ -78,7 +87,7 @@ def _preset(options: argparse.Namespace) -> Preset:
     name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
     changes = {
         "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
-        "preference_steps": options.steps, "preference_lr": options.lr, "alpha": options.alpha,
+        "preference_steps": options.steps, "preference_lr": options.lr, "alpha": getattr(options, "alpha", None),
     }  # fmt: skip
     return replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
 
@@ -174,6 +183,16 @@ def _measurements(setting: dict, evaluation: experiments.Evaluation) -> dict:
         **with_interval("win", evaluation.column("win")),
         **score,
     }
+
+
+def _export_trl(options: argparse.Namespace) -> int:
+    from pdpo.export import export_trl
+
+    preset = experiments.start(_preset(options))
+    target = export_trl(preset, options.target, beta=options.beta, method=options.method, seed=options.seed)
+    print(f"{preset.preference_steps} steps of {preset.preference_batch_size} pairs, for TRL; go on with:")
+    print(f"  cd {target} && trl dpo --config dpo.yaml")
+    return 0
 
 
 if __name__ == "__main__":
