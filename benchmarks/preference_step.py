@@ -74,14 +74,17 @@ def compare(shape: str, template: str, arguments) -> None:
         for number in range(1, arguments.rounds + 1):
             rates.append(run(task | {"job": "matrix_rate"})["flops"])
             for name in VARIANTS:
-                print(f"{shape}, template {template}, round {number} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
+                print(
+                    f"{shape}, template {template}, round {number} of {arguments.rounds}: {name}", file=sys.stderr, flush=True
+                )
                 results[name].append(run(task | {"job": "variant", "name": name}))
     seconds = {name: statistics.median(statistics.mean(each["seconds"][1:]) for each in runs) for name, runs in results.items()}
     expected = results["pdpo plain (policy_logps)"][0]["losses"]
     rate = statistics.median(rates)
     device = results["pdpo plain (policy_logps)"][0]["device"]
     kind = "processor" if arguments.cpu_time else "elapsed"
-    print(f"\nGPT-2-{shape} shape, template {template}, batches of {arguments.pairs} pairs, {device}, {arguments.threads} threads, {kind} seconds,")
+    print(f"\nGPT-2-{shape} shape, template {template}, batches of {arguments.pairs} pairs,")
+    print(f"{device}, {arguments.threads} threads, {kind} seconds,")
     print(f"{arguments.rounds} rounds of {arguments.steps} steps; matrix product {rate / 1e9:.0f} GFLOP/s")
     tokens = results["pdpo fast (shared_policy_logps)"][0]["tokens"]
     print(f"tokens a batch: {tokens['padded']:.0f} padded, {tokens['real']:.0f} real, {tokens['tree']:.0f} in the tree\n")

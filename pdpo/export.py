@@ -22,8 +22,8 @@ Written by `python -m pdpo export-trl` for trl 1.16.0. Run in this folder, which
 Either leaves the trained policy in `trained/`. `policy/` is the SFT policy: the start and the reference. `train.jsonl` holds
 the pairs of {steps} steps of {batch_size}, templated, in pdpo's order, epochs shuffled one by one: one pass is the whole run.
 
-Tokens, batches, loss, AdamW, clipping and the learning rate of the {warmup} warm-up steps equal pdpo's, so in float32 the losses
-of steps 1 to {compared} agree to rounding. What differs:
+Tokens, batches, loss, AdamW, clipping and the learning rates of the warm-up (steps 1 to {warmup}) equal pdpo's, so in float32
+the losses of steps 1 to {compared} agree to rounding. What differs:
 
 - After the warm-up TRL's cosine is one step ahead of pdpo's; both end at a tenth of the peak.
 - At step 1 every margin is 0, which TRL counts as wrong and pdpo as half right.

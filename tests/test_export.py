@@ -137,7 +137,7 @@ def test_the_policy_is_the_sft_stages_without_dropout(quick, exported):
 
 def test_the_folder_says_how_to_go_on(exported):
     text = (exported / "README.md").read_text()
-    for words in ("trl dpo --config dpo.yaml", "40 steps of 8", "2 warm-up steps", "steps 1 to 3 "):
+    for words in ("trl dpo --config dpo.yaml", "40 steps of 8", "warm-up (steps 1 to 2)", "steps 1 to 3 "):
         assert words in text
     assert sorted(os.listdir(exported)) == ["README.md", "dpo.yaml", "policy", "train.jsonl"]
 
