@@ -146,7 +146,7 @@ def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, p
     logps_of = fastest_logps(reference, rows)
     reference.eval()
     known: dict[int, list[float]] = {}
-    for part in micro_batches(share(len(rows)), rows, micro_batch_size):
+    for part in micro_batches(share(len(rows)), rows, micro_batch_size, logps_of):
         logps = logps_of(reference, [rows[i] for i in part], precision=precision)
         known |= zip(part, logps.tolist(), strict=True)
     for of_one_process in gather(known):
@@ -204,7 +204,7 @@ def train_step(
         else len(rows)
     )
     totals: dict[str, Tensor] = {}
-    parts = micro_batches(share(len(rows)), rows, config.micro_batch_size)
+    parts = micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of)
     for part in parts:
         with exchanging(policy, when=part is parts[-1]):
             losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
@@ -235,7 +235,7 @@ def evaluate_rows(policy, rows: list[Row], config: TrainConfig, *, logps_of: Cal
         if config.method == "sft"
         else len(rows)
     )
-    for part in micro_batches(share(len(rows)), rows, config.micro_batch_size):
+    for part in micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of):
         losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
         sums = {"eval_loss": losses.sum() / count} | {f"eval_{key}": value.sum() / len(rows) for key, value in measured.items()}
         totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
@@ -363,12 +363,15 @@ def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> li
     return indices
 
 
-def micro_batches(indices, rows: list[Row], max_sequences: int) -> list[list[int]]:
-    """Cuts one batch into parts of at most max_sequences sequences (at least one row), sorted by length to pad less."""
-    by_length = sorted(indices, key=lambda i: (rows[i].num_tokens, i))
+def micro_batches(indices, rows: list[Row], max_sequences: int, logps_of: Callable) -> list[list[int]]:
+    """Cuts one batch into parts of at most max_sequences sequences (at least one row).
+
+    They are sorted by length, so that the plain path pads less, or by their tokens, so that trees share more.
+    """
+    on_trees = logps_of is shared_policy_logps
     parts: list[list[int]] = []
     size = 0
-    for i in by_length:
+    for i in sorted(indices, key=lambda i: (rows[i].sequences[0].input_ids if on_trees else rows[i].num_tokens, i)):
         if not parts or size + len(rows[i].sequences) > max_sequences:
             parts.append([])
             size = 0

@@ -24,6 +24,7 @@ from pdpo.training import (
     micro_batches,
     policy_logps,
     row_losses,
+    shared_policy_logps,
     train,
     train_step,
     with_reference_logps,
@@ -75,11 +76,13 @@ def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
 def test_micro_batches_hold_every_row_once_and_no_more_sequences_than_allowed():
     _, rows, _ = worker.parts("plackett_luce")
     for limit in (1, 4, 9, 100):
-        parts = micro_batches(range(len(rows)), rows, limit)
-        assert sorted(i for part in parts for i in part) == list(range(len(rows)))
-        assert all(sum(len(rows[i].sequences) for i in part) <= max(limit, 4) for part in parts)
-        lengths = [rows[i].num_tokens for part in parts for i in part]
-        assert lengths == sorted(lengths)
+        for logps_of in (policy_logps, shared_policy_logps):
+            parts = micro_batches(range(len(rows)), rows, limit, logps_of)
+            assert sorted(i for part in parts for i in part) == list(range(len(rows)))
+            assert all(sum(len(rows[i].sequences) for i in part) <= max(limit, 4) for part in parts)
+            ordered = [rows[i] for part in parts for i in part]
+            keys = [row.num_tokens if logps_of is policy_logps else row.sequences[0].input_ids for row in ordered]
+            assert keys == sorted(keys)
 
 
 def test_the_sft_loss_is_transformers_own_loss_with_its_gradient():
