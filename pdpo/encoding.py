@@ -41,20 +41,32 @@ def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = No
     Raises:
         ValueError: the response, its EOS and one prompt token do not fit into max_length.
     """
-    limit = max_length or tokenizer.model_max_length
-    templated = TEMPLATE.format(prompt=prompt.strip())
+    return _cut(tokenizer, _tokenized(tokenizer, [(prompt, response)])[0], response, max_length)
+
+
+def _tokenized(tokenizer, texts: list[tuple[str, str]]) -> list[Encoded]:
+    """Prompts and responses as `encode` joins them, of any length; a list of them is tokenised much faster than one by one."""
+    templated = [TEMPLATE.format(prompt=prompt.strip()) for prompt, _ in texts]
     joint = tokenizer(
-        templated + response.strip(), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-    )
-    num_prompt = sum(end <= len(templated) for _, end in joint.offset_mapping)
-    encoded = Encoded(joint.input_ids + [tokenizer.eos_token_id], num_prompt)
+        [before + response.strip() for before, (_, response) in zip(templated, texts, strict=True)],
+        add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    return [
+        Encoded(ids + [tokenizer.eos_token_id], sum(end <= len(before) for _, end in offsets))
+        for ids, offsets, before in zip(joint.input_ids, joint.offset_mapping, templated, strict=True)
+    ]
+
+
+def _cut(tokenizer, encoded: Encoded, response: str, max_length: int | None) -> Encoded:
+    limit = max_length or tokenizer.model_max_length
     if not response_fits(encoded, limit):
         raise ValueError(
-            f"encode: expected a response of at most {limit - 1} tokens with its EOS, got {len(encoded.input_ids) - num_prompt} "
-            f"for {response[:60]!r}. Responses are never cut: shorten it, drop the row or raise max_length."
+            f"encode: expected a response of at most {limit - 1} tokens with its EOS, got "
+            f"{len(encoded.input_ids) - encoded.num_prompt} for {response[:60]!r}. Responses are never cut: shorten it, drop the "
+            "row or raise max_length."
         )
     surplus = max(len(encoded.input_ids) - limit, 0)
-    return Encoded(encoded.input_ids[surplus:], num_prompt - surplus)
+    return Encoded(encoded.input_ids[surplus:], encoded.num_prompt - surplus)
 
 
 def response_fits(encoded: Encoded, max_length: int) -> bool:
@@ -64,10 +76,12 @@ def response_fits(encoded: Encoded, max_length: int) -> bool:
 
 def encode_records(tokenizer, records, *, max_length: int | None = None) -> list[list[Encoded]]:
     """Each record's K responses encoded; ValueError naming the rows (from 1) of responses that are too long."""
+    texts = list(dict.fromkeys((record.prompt, text) for record in records for text in record.responses))
+    tokenized = dict(zip(texts, _tokenized(tokenizer, texts), strict=True)) if texts else {}
     rows, too_long = [], []
     for number, record in enumerate(records, 1):
         try:
-            rows.append([encode(tokenizer, record.prompt, text, max_length=max_length) for text in record.responses])
+            rows.append([_cut(tokenizer, tokenized[record.prompt, text], text, max_length) for text in record.responses])
         except ValueError as error:
             too_long.append((number, error))
     if too_long:

@@ -1,6 +1,7 @@
 """The experiments that notebooks call: each is a named stage, trained or measured once; a second call returns at once."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -405,16 +406,30 @@ def run_frontier(
         records: for each seed what to train on; None makes pairs (or rankings) from the training split.
         options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
     """
+    return run_frontiers(preset, {"": {"betas": betas, "records": records, **options}})[""]
+
+
+def run_frontiers(preset: Preset | str, arguments: dict[str, dict]) -> dict[str, Frontier]:
+    """`run_frontier(preset, **each)` for each of the named arguments; as one list of stages, so that no core waits between."""
     preset = get_preset(preset)
-    betas = betas or ((None,) if options["method"] == "sft" else preset.betas)
-    of_seed = {seed: options | ({"records": records[seed]} if records else {}) for seed in preset.seeds}
-    settings = [{"preset": preset, "beta": beta, "seed": seed, **of_seed[seed]} for seed in preset.seeds for beta in betas]
-    measured = run_all(run_win_rate, settings)
-    kl, score = (
-        np.array([each.column(key) for each in measured]).reshape(len(preset.seeds), len(betas), -1)
-        for key in ("kl", "score" if preset.data == "toy" else "win")
-    )
-    return Frontier(tuple(betas), kl, score, tuple(measured))
+    betas, settings = {}, []
+    for name, options in arguments.items():
+        options = dict(options)
+        records = options.pop("records", None)
+        betas[name] = tuple(options.pop("betas", None) or ((None,) if options["method"] == "sft" else preset.betas))
+        for seed in preset.seeds:
+            of_seed = options | ({"records": records[seed]} if records else {})
+            settings += [{"preset": preset, "beta": beta, "seed": seed, **of_seed} for beta in betas[name]]
+    measured = iter(run_all(run_win_rate, settings))
+    frontiers = {}
+    for name, of_name in betas.items():
+        stages = tuple(itertools.islice(measured, len(preset.seeds) * len(of_name)))
+        kl, score = (
+            np.array([each.column(key) for each in stages]).reshape(len(preset.seeds), len(of_name), -1)
+            for key in ("kl", "score" if preset.data == "toy" else "win")
+        )
+        frontiers[name] = Frontier(of_name, kl, score, stages)
+    return frontiers
 
 
 def run_info(preset: Preset, stages: list) -> dict:

@@ -10,7 +10,7 @@ import torch
 import pdpo
 from pdpo import experiments, frontier, toy
 from pdpo.data import pairs
-from pdpo.experiments import Frontier, run_frontier
+from pdpo.experiments import Frontier, run_frontier, run_frontiers
 from pdpo.frontier import (
     bootstrapped_rankings,
     frontier_rows,
@@ -121,8 +121,10 @@ def test_run_frontier_has_a_value_for_each_seed_beta_and_prompt_and_takes_record
     fewer = run_frontier(preset, betas=(0.5,), method="dpo", records=made)
     run = experiments.run_preference(preset, method="dpo", beta=0.5, seed=1, records=made[1])
     assert fewer.kl.shape == (2, 1, num_prompts) and run.history[-1]["epoch"] == 6 * 8 / len(made[1])
-    sft = run_frontier(preset, method="sft")
-    assert sft.betas == (None,) and np.abs(sft.kl).max() < 1e-6
+    both = run_frontiers(preset, {"SFT": {"method": "sft"}, "fewer": {"method": "dpo", "betas": (0.5,), "records": made}})
+    assert both["SFT"].betas == (None,) and both["SFT"].kl.shape == (2, 1, num_prompts) and np.abs(both["SFT"].kl).max() < 1e-6
+    assert np.array_equal(both["fewer"].kl, fewer.kl) and both["fewer"].stages == fewer.stages
+    assert run_frontiers(preset, {}) == {}
 
 
 def test_rankings_from_samples_are_sorted_by_score_without_ties_and_count_what_is_left_out(monkeypatch):
