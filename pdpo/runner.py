@@ -90,7 +90,7 @@ def _execute(path: Path, save: bool) -> tuple[float, str]:
 
     client = NotebookClient(
         notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}},
-        on_cell_start=on_start, on_cell_executed=on_executed,
+        on_cell_start=on_start, on_cell_executed=on_executed, extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
     error = ""
     try:
