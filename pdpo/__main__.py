@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -112,6 +113,7 @@ def _train(options: argparse.Namespace) -> int:
     records = _start(preset, options.method, [options.beta])
     sft = experiments.run_sft(preset, seed=options.seed)
     report = data.data_report(records, sft.load_tokenizer())
+    del report["leaked_prompts"]  # of a whole file nothing is held out
     print("data: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     for method in dict.fromkeys(["sft", *options.method]):
         settings = {"method": method, "beta": None if method == "sft" else options.beta, "seed": options.seed}
@@ -191,7 +193,7 @@ def _export_trl(options: argparse.Namespace) -> int:
     preset = experiments.start(_preset(options))
     target = export_trl(preset, options.target, beta=options.beta, method=options.method, seed=options.seed)
     print(f"{preset.preference_steps} steps of {preset.preference_batch_size} pairs, for TRL; go on with:")
-    print(f"  cd {target} && trl dpo --config dpo.yaml")
+    print(f"  cd {shlex.quote(str(target))} && trl dpo --config dpo.yaml")
     return 0
 
 

@@ -94,30 +94,34 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     """Percentile bootstrap interval of a mean.
 
     Args:
-        values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences.
+        values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
+            (S, N), a row for each seed, both seeds and prompts are drawn again.
         level: of confidence.
         num_resamples: bootstrap samples.
         seed: of the resampling.
     Returns:
         (low, high), in the unit of the values.
     Raises:
-        ValueError: fewer than two values, or one that is not finite.
+        ValueError: fewer than two units, or a value that is not finite.
     Source:
         Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+    if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values in one dimension, got shape {values.shape}. "
+            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got shape {values.shape}. "
             "Average the samples of each prompt first (by_prompt)."
         )
+    of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(1)
+    prompts = rng.integers(of_seed.shape[1], size=(num_resamples, of_seed.shape[1]))
+    seeds = rng.integers(len(of_seed), size=(num_resamples, len(of_seed)))
+    means = np.take_along_axis(of_seed[seeds].mean(1), prompts, axis=1).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def with_interval(key: str, values) -> dict[str, float]:
-    """{key: mean, key_low, key_high}: a figure's row entries for one value a prompt, with the 95 % bootstrap interval."""
+    """{key: mean, key_low, key_high}: a figure's row entries of values as `bootstrap_interval` takes them, with its 95 % interval."""
     low, high = bootstrap_interval(values)
     return {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}

@@ -17,13 +17,12 @@ from pdpo.data import Preference, fingerprint, load_split, pairs
 from pdpo.distributed import is_leader, on_leader, world_size
 from pdpo.encoding import encode_records
 from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
-from pdpo.losses import score_offset
 from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, device, get_preset
-from pdpo.reward import calibration, fit_reward_head, last_hidden
+from pdpo.reward import calibration, fit_reward_head, last_hidden, response_scores
 from pdpo.sampling import sample
 from pdpo.stages import check_new_folder, run_all, run_stage, runs_dir, shown
-from pdpo.training import Row, TrainConfig, train, with_reference_logps
+from pdpo.training import Row, TrainConfig, preference_rows, train, with_reference_logps
 
 TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "distributed", "training")
 MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
@@ -113,15 +112,10 @@ class RewardModel:
 
     def scored(self, records: list[Preference]) -> list[Preference]:
         """The records with its scores, in nats: a difference is the log-odds that it gives to that order."""
-        policy, preset = self.sft.load_policy(), self.sft.preset
-        encoded, scores = encode_records(self.sft.load_tokenizer(), records), [()] * len(records)
-        for size in {len(record.responses) for record in records}:  # records of one K at a time
-            chosen = [i for i, record in enumerate(records) if len(record.responses) == size]
-            features = last_hidden(
-                policy, [encoded[i] for i in chosen], batch_size=preset.micro_batch_size, precision=preset.precision
-            )
-            for i, values in zip(chosen, (features @ self.weights).tolist(), strict=True):
-                scores[i] = tuple(values)
+        encoded, preset = encode_records(self.sft.load_tokenizer(), records), self.sft.preset
+        scores = response_scores(
+            self.sft.load_policy(), encoded, self.weights, batch_size=preset.micro_batch_size, precision=preset.precision
+        )
         return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
 
 
@@ -244,7 +238,6 @@ def run_preference(
         "precision": preset.precision, "seed": seed, **options,
     })  # fmt: skip
     sft = run_sft(preset, seed=seed, wait=wait)
-    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
     train_records, validation, _ = load_split(preset.data)
     held_out_records = validation if method == "plackett_luce" else pairs(validation)
     if records is None:
@@ -252,7 +245,13 @@ def run_preference(
         records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
     offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
     unscored = method == "odpo" and not any(record.scores for record in records)
+    if unscored and offset["scale"] == "log_ratio":
+        raise ValueError(
+            "run_preference: expected offset_scale 'log', 'identity' or 'mean' for data without scores, got 'log_ratio'. It "
+            "needs scores > 0, and those of a reward model lie around 0."
+        )
     reward_model = run_reward_model(preset, seed=seed, wait=wait) if unscored else None
+    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
 
     def build(folder: Path) -> None:
         scored, scored_held_out = records, held_out_records
@@ -288,7 +287,7 @@ def run_preference(
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
     }
-    name, code = f"{method}-beta{beta:g}-seed{seed}", TRAINING_CODE + MEASURING_CODE
+    name, code = f"{method}-beta{beta:g}-seed{seed}", TRAINING_CODE + MEASURING_CODE + (("reward",) if reward_model else ())
     return _load_run(preset, *run_stage(preset.name, name, determinants, code, build, wait=wait, together=True))
 
 
@@ -458,20 +457,6 @@ def run_info(preset: Preset, stages: list) -> dict:
         "peak_memory_mb": max(each["peak_memory_mb"] or 0 for each in environments),
         "stages": sorted(stage.path.name for stage in stages),
     }
-
-
-def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
-    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
-    offsets = [0.0] * len(records)
-    scored = [i for i, record in enumerate(records) if record.scores is not None]
-    if method == "odpo" and scored:
-        scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        values = score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale="log" if scale == "mean" else scale)
-        values = values.mean().expand(len(scored)) if scale == "mean" else values
-        for i, value in zip(scored, values.tolist(), strict=True):
-            offsets[i] = value
-    encoded = encode_records(tokenizer, records)
-    return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
 
 
 def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:

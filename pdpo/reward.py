@@ -52,6 +52,19 @@ def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps
     return (weights / scale).detach()
 
 
+def response_scores(
+    policy, responses: list[list[Encoded]], weights: torch.Tensor, *, batch_size: int = 64, precision: str = "float32"
+) -> list[tuple[float, ...]]:
+    """The linear head's score of each response of each record, in nats; records may have different numbers of them."""
+    scores: list[tuple[float, ...]] = [()] * len(responses)
+    for size in {len(record) for record in responses}:  # records of one K at a time
+        chosen = [i for i, record in enumerate(responses) if len(record) == size]
+        features = last_hidden(policy, [responses[i] for i in chosen], batch_size=batch_size, precision=precision)
+        for i, values in zip(chosen, (features @ weights).tolist(), strict=True):
+            scores[i] = tuple(values)
+    return scores
+
+
 def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]:
     """How often a predicted order is right, against how sure the prediction was.
 

@@ -255,5 +255,7 @@ def _help() -> None:
 
 def check_new_folder(target: Path) -> None:
     """ValueError unless `target` is a folder that is empty or does not exist: results never overwrite anything."""
+    if target.resolve() == Path.cwd():
+        raise ValueError(f"{target}: expected a folder of its own for the results, got the current one. Give it a name.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another.")

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
+from pdpo.data import Preference
 from pdpo.distributed import exchanging, gather, is_leader, launch_rank, on_leader, replicated, share, summed, world_size
-from pdpo.encoding import Encoded, collate
+from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
-from pdpo.losses import dpo_loss, plackett_luce_loss, sft_loss, slic_loss
+from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
 from pdpo.trees import supports_trees, tree_logps
 
 METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
@@ -99,6 +100,20 @@ class Row:
     @property
     def num_tokens(self) -> int:
         return sum(len(each.input_ids) for each in self.sequences)
+
+
+def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
+    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
+    offsets = [0.0] * len(records)
+    scored = [i for i, record in enumerate(records) if record.scores is not None]
+    if method == "odpo" and scored:
+        scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
+        values = score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale="log" if scale == "mean" else scale)
+        values = values.mean().expand(len(scored)) if scale == "mean" else values
+        for i, value in zip(scored, values.tolist(), strict=True):
+            offsets[i] = value
+    encoded = encode_records(tokenizer, records)
+    return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
 
 
 def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:

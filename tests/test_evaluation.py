@@ -133,7 +133,20 @@ def test_the_interval_is_reproducible_and_depends_on_its_seed():
     assert bootstrap_interval(values) == bootstrap_interval(values.tolist()) != bootstrap_interval(values, seed=1)
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [[1.0, 2.0], [3.0, 4.0]], [1.0, float("nan")], [1.0, float("inf")]])
+def test_with_a_row_for_each_seed_the_interval_covers_seeds_too():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 200))
+    apart = noise + np.array([[-1.0], [0.0], [1.0]])  # seeds that differ much more than the mean over prompts does
+    low, high = bootstrap_interval(apart)
+    narrow_low, narrow_high = bootstrap_interval(apart.mean(0))
+    assert high - low > 5 * (narrow_high - narrow_low)
+    draws = rng.integers(3, size=(4000, 3)), rng.integers(200, size=(4000, 200))  # a slow loop
+    means = [apart[seeds][:, prompts].mean() for seeds, prompts in zip(*draws, strict=True)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
+    assert bootstrap_interval(noise[0]) == bootstrap_interval(noise[:1])  # one seed adds nothing
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [[[1.0, 2.0]]], [[1.0], [2.0]], [1.0, float("nan")], [1.0, float("inf")]])
 def test_values_without_an_interval_are_refused(values):
     with pytest.raises(ValueError, match="bootstrap_interval: expected at least 2 finite values.*by_prompt"):
         bootstrap_interval(values)

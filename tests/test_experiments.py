@@ -186,7 +186,28 @@ def test_odpo_without_scores_takes_those_of_the_reward_model_and_says_so(unscore
     assert {row.offset for row in seen[-1]} == {0.0} and "no scores" not in capsys.readouterr().out
 
 
-def test_the_reward_model_is_a_stage_that_never_sees_scores_and_is_tried_on_the_test_split(quick, trained, monkeypatch):
+def test_the_number_of_measurements_changes_neither_sft_nor_the_reward_model(unscored, trained):
+    runs = [run_preference(unscored, method="odpo", beta=0.1, num_evaluations=number) for number in (None, 1)]
+    assert trained == ["sft", "odpo", "odpo"]
+    assert runs[0].config["reward_model"] == runs[1].config["reward_model"]
+
+
+def test_log_ratio_needs_scores_of_its_own(unscored, trained):
+    with pytest.raises(ValueError, match="expected offset_scale 'log', 'identity' or 'mean' for data without scores"):
+        run_preference(unscored, method="odpo", beta=0.1, offset_scale="log_ratio")
+
+
+def test_the_reward_model_never_sees_scores(unscored, tmp_path, monkeypatch):
+    rows = json.loads(Path(unscored.data).read_text())  # two files of one order, with and without scores
+    scored = tmp_path / "scored.json"
+    scored.write_text(json.dumps([row | {"scores": [9 - k for k in range(len(row["responses"]))]} for row in rows]))
+    heads = []
+    monkeypatch.setattr(experiments, "fit_reward_head", lambda features: heads.append(features) or features[0, 0])
+    with_scores, without = run_reward_model(replace(unscored, data=str(scored))), run_reward_model(unscored)
+    assert with_scores.path != without.path and len(heads) == 2 and torch.equal(*heads)
+
+
+def test_the_reward_model_is_a_stage_that_is_tried_on_the_test_split(quick, trained, monkeypatch):
     reward_model = run_reward_model(quick)
     test_pairs = pdpo.pairs(pdpo.load_split(quick.data)[2])
     assert reward_model.held_out.shape == (len(test_pairs),) and trained == ["sft"]
@@ -468,7 +489,7 @@ def test_a_senseless_number_of_workers_is_refused(monkeypatch, value):
 # copies
 
 
-def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something(quick, tmp_path):
+def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something(quick, tmp_path, monkeypatch):
     run = run_sft(quick)
     target = copy_run(run, tmp_path / "deep" / "out")
     assert {"config.json", "model.safetensors", "tokenizer.json", "history.json", "stage.json"} <= {
@@ -484,6 +505,10 @@ def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something
     with pytest.raises(ValueError, match="expected an empty or a new folder"):
         copy_run(run, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="got the current one"):
+        copy_run(run, Path("."))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
