@@ -50,7 +50,7 @@ class Preset:
 
 PRESETS = {
     # a laptop CPU without a model hub; what CI runs
-    "tiny": Preset("tiny"),
+    "tiny": Preset("tiny", num_evaluations=5),
     # random weights with room for real text: checks a real file end to end on a CPU
     "small": Preset(
         "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
