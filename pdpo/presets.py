@@ -47,6 +47,10 @@ class Preset:
     max_new_tokens: int = 28
     judge: str = DEFAULT_JUDGE
 
+    def claim(self, text: str, otherwise: str = "no claim: what is checked here was found on the toy") -> str:
+        """The text where this preset's data is the toy, on which the notebooks' claims are checked; otherwise the other."""
+        return text if self.data == "toy" else otherwise
+
 
 PRESETS = {
     # a laptop CPU without a model hub; what CI runs

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import matplotlib
 
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import pytest  # noqa: E402
 
 from pdpo import plots  # noqa: E402
+from pdpo.presets import get_preset  # noqa: E402
 
 
 @pytest.fixture
@@ -55,3 +57,9 @@ def test_a_method_without_a_beta_is_drawn_as_a_level_with_its_interval():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["SFT", "DPO"]
     assert axes.get_xscale() == "log" and "95 % intervals" in figure.get_suptitle()
     plt.close(figure)
+
+
+def test_claims_are_made_for_the_toy_alone_on_which_they_are_checked():
+    tiny, other = get_preset("tiny"), replace(get_preset("tiny"), data="imdb")
+    assert tiny.claim("it rises", "score") == "it rises" and other.claim("it rises", "score") == "score"
+    assert other.claim("it rises").startswith("no claim")
