@@ -2,20 +2,22 @@
 
 import argparse
 import contextlib
-import csv
 import io
-import os
+import itertools
 import shlex
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
+
 from pdpo import data, experiments
-from pdpo.distributed import claim_gpu, is_leader, launch_rank, launch_size, process_group
-from pdpo.evaluation import bootstrap_interval, with_interval
-from pdpo.presets import PRESETS, Preset, device
-from pdpo.training import METHODS, TrainConfig
+from pdpo.device import device
+from pdpo.distributed import is_leader, launch_rank, launched, process_group
+from pdpo.files import check_new_folder, replacing, write_csv
+from pdpo.presets import METHODS, PRESETS, Preset, get_preset
+from pdpo.statistics import bootstrap_interval, with_interval
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
 
@@ -43,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--beta", type=float, nargs="+", help=f"{BETA}; default: the preset's")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     sweep.add_argument("--out", type=Path, help="a new CSV file for the table")
+    sweep.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a Dask cluster that makes the runs; default: this machine does"
+    )
     export = commands.add_parser("export-trl", help="SFT, then a folder from which `trl dpo` goes on", parents=[_training()])
     export.add_argument("target", type=Path, metavar="DIR", help="a new folder")
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
@@ -85,20 +90,19 @@ def _run(options: argparse.Namespace) -> int:
 
 def _preset(options: argparse.Namespace) -> Preset:
     """The preset that the options of `_training` ask for."""
-    name = options.preset or ("gpt2-medium" if device().type == "cuda" else "small")
-    changes = {
-        "data": options.data, "model": options.model, "tokenizer": options.tokenizer, "sft_steps": options.sft_steps,
-        "preference_steps": options.steps, "preference_lr": options.lr, "alpha": getattr(options, "alpha", None),
-    }  # fmt: skip
-    return replace(experiments.get_preset(name), **{key: value for key, value in changes.items() if value is not None})
+    preset = get_preset(options.preset or ("gpt2-medium" if device().type == "cuda" else "small"))
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    sft = replace(preset.sft, **({"steps": options.sft_steps} if "sft_steps" in given else {}))
+    preference = replace(preset.preference, **{key: given[key] for key in ("steps", "lr", "alpha") if key in given})
+    sources = {key: given[key] for key in ("data", "model", "tokenizer") if key in given}
+    return replace(preset, sft=sft, preference=preference, **sources)
 
 
-def _start(preset: Preset, methods: list[str], betas: list[float]) -> list[data.Preference]:
+def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[int]) -> list[data.Preference]:
     """The preset's records; bad input is refused before anything is trained."""
     records = data.load_preferences(preset.data)
-    for method in set(methods) - {"sft"}:
-        for beta in betas:
-            TrainConfig(method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta)
+    for method, beta, seed in itertools.product(methods, betas, seeds):
+        replace(preset.preference, method=method, beta=None if method == "sft" else beta, seed=seed)
     experiments.start(preset)
     parts = data.load_split(preset.data)
     print("prompts of {} rows: {} to train on, {} to watch, {} to test".format(len(records), *map(len, parts)))
@@ -108,22 +112,21 @@ def _start(preset: Preset, methods: list[str], betas: list[float]) -> list[data.
 @process_group()
 def _train(options: argparse.Namespace) -> int:
     if options.out is not None:
-        experiments.check_new_folder(options.out)
+        check_new_folder(options.out)
     preset = _preset(options)
-    records = _start(preset, options.method, [options.beta])
+    records = _start(preset, options.method, [options.beta], [options.seed])
     sft = experiments.run_sft(preset, seed=options.seed)
     report = data.data_report(records, sft.load_tokenizer())
     del report["leaked_prompts"]  # of a whole file nothing is held out
     print("data: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     for method in dict.fromkeys(["sft", *options.method]):
-        settings = {"method": method, "beta": None if method == "sft" else options.beta, "seed": options.seed}
-        run = sft if method == "sft" else experiments.run_preference(preset, **settings)
+        run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=options.beta)
         measured = [row for row in run.history if "eval_loss" in row]
         numbers = {key: (measured[0][key], measured[-1][key]) for key in measured[0] if key.startswith("eval_")}
         print(
             f"{method}: held out, before -> after: " + ", ".join(f"{k[5:]} {a:.3f} -> {b:.3f}" for k, (a, b) in numbers.items())
         )
-        evaluation = experiments.run_win_rate(preset, **settings)
+        evaluation = experiments.run_win_rate(run)
         wins = evaluation.column("win")
         (low, high), ties = bootstrap_interval(wins), sum(row["win"] == 0.5 for row in evaluation.rows) / len(evaluation.rows)
         print(
@@ -138,24 +141,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Under torchrun every process walks the same list from a place of its own; the stages' locks share out the work."""
-    claim_gpu()
-    if options.out is not None and options.out.exists() and launch_rank() == 0:
+    if launched():
+        raise ValueError(
+            "sweep: expected to be started without torchrun, which is for one policy on several GPUs. `python -m pdpo sweep` gives "
+            "each GPU of this machine runs of its own; for those of other machines, see --scheduler."
+        )
+    if options.out is not None and options.out.exists():
         raise ValueError(f"{options.out}: expected a new file, got one that exists. Choose another name.")
     preset = _preset(options)
-    betas = options.beta or preset.betas
-    _start(preset, options.method, betas)
-    settings = [
-        {"preset": preset, "method": method, "beta": beta, "seed": seed}
-        for seed in dict.fromkeys(options.seeds)
-        for method in dict.fromkeys(options.method)
-        for beta in (dict.fromkeys(betas) if method != "sft" else [None])
-    ]
-    first = len(settings) * launch_rank() // launch_size()
-    measured = experiments.run_all(experiments.run_win_rate, settings[first:] + settings[:first])
-    if launch_rank() > 0:
-        return 0
-    rows = [_measurements(setting, evaluation) for setting, evaluation in zip(settings, measured, strict=True)]
+    betas, seeds = dict.fromkeys(options.beta or preset.betas), dict.fromkeys(options.seeds)
+    _start(preset, options.method, betas, seeds)
+    with _cluster(options.scheduler):
+        sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
+        wanted = [(sft, method) for sft in sfts for method in dict.fromkeys(options.method)]
+        settings = [{"sft": sft, "method": method, "beta": beta} for sft, method in wanted if method != "sft" for beta in betas]
+        made = iter(experiments.run_all(experiments.run_preference, settings))
+        runs = [run for sft, method in wanted for run in ([sft] if method == "sft" else itertools.islice(made, len(betas)))]
+        measured = experiments.run_all(experiments.run_win_rate, [{"run": run} for run in runs])
+    rows = [_measurements(evaluation) for evaluation in measured]
     lines = [list(rows[0])] + [
         [f"{value:.3f}" if key not in ("method", "beta", "seed") else f"{value}" for key, value in row.items()] for row in rows
     ]
@@ -163,24 +166,33 @@ def _sweep(options: argparse.Namespace) -> int:
     for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, options.out)
+        with replacing(options.out) as temporary:
+            write_csv(temporary, rows)
         print(f"saved in {options.out}")
     return 0
 
 
-def _measurements(setting: dict, evaluation: experiments.Evaluation) -> dict:
+def _cluster(address: str | None):
+    """A context in which `run_all` sends its runs to the Dask scheduler at this address; without one, nothing changes."""
+    if address is None:
+        return contextlib.nullcontext()
+    try:
+        from dask.distributed import Client
+
+        Client(address, timeout="10s")  # becomes the one that joblib asks
+    except ImportError:
+        raise ValueError('sweep: --scheduler needs Dask. Install it: pip install "distributed".') from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"sweep: no Dask scheduler answers at {address!r} ({error}). Is it running?") from None
+    return joblib.parallel_config(backend="dask")
+
+
+def _measurements(evaluation: experiments.Evaluation) -> dict:
     """A line of the sweep's table: held-out loss in nats, KL in nats a response, shares of wins, and on `toy` the gold score."""
-    is_sft = setting["method"] == "sft"
-    run = experiments.run_sft(setting["preset"], seed=setting["seed"]) if is_sft else experiments.run_preference(**setting)
+    run = evaluation.run
     score = {"score": float(evaluation.column("score").mean())} if "score" in evaluation.rows[0] else {}
     return {
-        **{"method": run.method, "beta": "" if is_sft else run.beta, "seed": run.seed},
+        **{"method": run.method, "beta": "" if run.beta is None else run.beta, "seed": run.seed},
         **{"eval_loss": run.history[-1]["eval_loss"], "kl": float(evaluation.column("kl").mean())},
         **with_interval("win", evaluation.column("win")),
         **score,
@@ -192,7 +204,7 @@ def _export_trl(options: argparse.Namespace) -> int:
 
     preset = experiments.start(_preset(options))
     target = export_trl(preset, options.target, beta=options.beta, method=options.method, seed=options.seed)
-    print(f"{preset.preference_steps} steps of {preset.preference_batch_size} pairs, for TRL; go on with:")
+    print(f"{preset.preference.steps} steps of {preset.preference.batch_size} pairs, for TRL; go on with:")
     print(f"  cd {shlex.quote(str(target))} && trl dpo --config dpo.yaml")
     return 0
 

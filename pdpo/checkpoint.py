@@ -1,24 +1,55 @@
-"""Saving so that nothing is ever half-written, and loading so that nothing is ever silently mixed."""
+"""What a training run survives: being killed (its checkpoint) and running out of memory (smaller micro batches)."""
 
 import json
-import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from pdpo.distributed import is_leader, world_size
+from pdpo.files import replacing
+from pdpo.presets import TrainConfig
+
+
+class Checkpoint:
+    """The file from which a killed run goes on.
+
+    Args:
+        path: of the file; None keeps none.
+        config: of the run; `load` compares it with the saved one.
+        seconds: between two saves; 0 saves each time.
+        parts: what has a state_dict and a load_state_dict: policy, optimizer, scaler.
+    """
+
+    def __init__(self, path: Path | None, config: dict, seconds: float, **parts):
+        self.path, self.config, self.seconds, self.parts = path, config, seconds, parts
+        self.saved_at = time.monotonic()
+
+    def load(self) -> list[dict]:
+        """Puts the parts and the generator back to where the run stopped; its history so far, [] where there is no file."""
+        state = load_checkpoint(self.path, self.config) if self.path is not None else None
+        if state is None:
+            return []
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        return state["history"]
+
+    def save_when_due(self, history: list[dict]) -> None:
+        """Saves all parts, the generator and the history, where the last save lies far enough back."""
+        if self.path is None or time.monotonic() - self.saved_at < self.seconds or not is_leader():
+            return
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.path, states | {"rng": torch.get_rng_state(), "history": history, "config": self.config})
+        self.saved_at = time.monotonic()
+
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes `state` (policy, optimizer, step, rng, history, config) to a temporary file and renames it to `path`.
-
-    A process killed at any moment leaves either the old checkpoint or the new one. (One process at a time writes to a path;
-    with one temporary name for all of them, no half-written file stays behind after a resumed run's next save.)
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes `state` to `path`: a process killed at any moment leaves either the old checkpoint or the new one."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, config: dict) -> dict | None:
@@ -53,8 +84,51 @@ def load_checkpoint(path: Path, config: dict) -> dict | None:
     return state
 
 
-def write_json(path: Path, value) -> None:
-    """Writes value as JSON to a temporary file and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+class Memory:
+    """How many sequences a step takes at a time: at first what free memory is estimated to hold, half of that once it did not.
+
+    Attributes:
+        config: the run's, with the micro batch that fits; its gradients add up to the same.
+    """
+
+    def __init__(self, policy, rows: list, config: TrainConfig):
+        self.device = next(policy.parameters()).device
+        self.limit = config.micro_batch_size
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            self.limit = min(self.limit, fitting_micro_batch(policy, rows, free))
+        self.config = replace(config, micro_batch_size=self.limit)
+
+    def fit(self, step: Callable[[TrainConfig], dict]) -> dict:
+        """step(config), and again with half the micro batch where memory runs out; ValueError the second time.
+
+        Of several processes none tries again: the others would wait for a gradient that this one does not have.
+        """
+        while True:
+            try:
+                return step(self.config)
+            except torch.OutOfMemoryError as error:
+                size, reason = self.config.micro_batch_size, str(error).splitlines()[0]
+            if size < self.limit or size == 1 or world_size() > 1:
+                times = "" if world_size() > 1 else " twice, the last time"
+                raise ValueError(
+                    f"train: out of memory{times} with micro batches of {size} sequences ({reason}). "
+                    "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
+                )
+            print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
+            self.config = replace(self.config, micro_batch_size=size // 2)
+
+
+def fitting_micro_batch(policy, rows: list, free_bytes: int) -> int:
+    """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
+
+    Args:
+        policy: on its device, before its first gradient.
+        rows: what it will train on.
+        free_bytes: of that device.
+    """
+    config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
+    gradients_and_adam = 12 * sum(each.numel() for each in policy.parameters())
+    # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak
+    a_token = 4 * (18 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
+    return max(int(0.8 * (free_bytes - gradients_and_adam) / (longest * a_token)), 1)

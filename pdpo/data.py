@@ -10,36 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 
-from pdpo.download import locate
+from pdpo import toy
 from pdpo.encoding import encode, response_fits
+from pdpo.files import SOURCES, check_score, check_text, is_finite, locate, parse_row, read_rows, scored_rows
+from pdpo.reach import in_key
 
-_ODPO_DATA = "https://raw.githubusercontent.com/rycolab/odpo/6152f67c8cddc223ca5affc7e261d967568068ee/data/"
-SOURCES = {  # name -> (file name, public address, sha256)
-    "instructions": (
-        "instruction-data-with-preference.json",
-        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/99af403b9f64dd0f820173402f5a56af41263536/"
-        "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
-        "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
-    ),
-    "imdb": (
-        "imdb-sft-test.jsonl",
-        _ODPO_DATA + "imdb-sft-test.jsonl",
-        "9b19fb1dad943dd7a4fbe054ae005cedb458fbc904a493ca71942fbae3b2b613",
-    ),
-    "tldr": (
-        "tldr-sft-train-rel.json",
-        _ODPO_DATA + "tldr-sft-train-rel.json",
-        "4faccc9ca37b64e2f848b89c8381560dadaa805b624507932b9692e6a32e9fff",
-    ),
-    "tldr-test": (
-        "tldr-sft-test-rel.json",
-        _ODPO_DATA + "tldr-sft-test-rel.json",
-        "d982894172f9873409b45e2b703ab8ac9af7d789dbe96e630b18fd84ad59f0ea",
-    ),
-}
 SCORED_NAMES = ("imdb", "tldr", "tldr-test")  # ODPO's data, whose rows `read_scored` gathers by prompt
-CHOSEN_SCORE_KEYS = ("chosen_score", "score_chosen")
-REJECTED_SCORE_KEYS = ("rejected_score", "score_rejected")
 
 
 @dataclass(frozen=True)
@@ -62,22 +38,14 @@ class Preference:
         if len(self.responses) < 2:
             raise ValueError(f"expected at least 2 responses, got {len(self.responses)}. A preference compares responses.")
         for key, text in [("prompt", self.prompt), *(("responses", response) for response in self.responses)]:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"key '{key}': expected a text that is not empty, got {short(text)}. Drop the row or fill it in."
-                )
-            if "\0" in text:
-                raise ValueError(f"key '{key}': expected text, got a NUL character in it. The file is probably binary.")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"key '{key}': expected text, got half of a surrogate pair in it. Mend the \\u escapes.")
+            check_text(key, text)
         if self.scores is not None:
             if len(self.scores) != len(self.responses):
                 raise ValueError(
                     f"key 'scores': expected {len(self.responses)} scores, one a response, got {len(self.scores)}."
                 )
-            bad = [each for each in self.scores if not _is_finite_number(each)]
-            if bad:
-                raise ValueError(f"key 'scores': expected finite numbers, got {short(bad[0])}. Drop the row or mend the score.")
+            for score in self.scores:
+                check_score("scores", score)
 
     @property
     def chosen(self) -> str:
@@ -128,9 +96,7 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
 
 @functools.cache
 def _toy() -> tuple[Preference, ...]:
-    from pdpo import toy  # not above: toy needs Preference from here
-
-    return tuple(toy.load())
+    return tuple(Preference(*example) for example in toy.load())
 
 
 def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
@@ -151,8 +117,8 @@ def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
     """
     scores: dict[str, dict[str, list[float]]] = {}
     dropped = dict.fromkeys(("empty", "repeated", "alone", "tied"), 0)
-    for where, prompt, text, score in _scored_rows(path):
-        if not isinstance(prompt, str) or not isinstance(text, str) or not _is_finite_number(score):
+    for where, prompt, text, score in scored_rows(path):
+        if not isinstance(prompt, str) or not isinstance(text, str) or not is_finite(score):
             raise ValueError(
                 f"{path}, {where}: expected two texts and a finite score, got {short((prompt, text, score))}. Mend the row."
             )
@@ -209,6 +175,7 @@ def split(
     return parts
 
 
+@in_key
 def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Preference], list[Preference]]:
     """The split that every stage and notebook uses: train, validation, test of one data set, with the fixed seed 0.
 
@@ -216,8 +183,6 @@ def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Prefere
     """
     records = [record for record in load_preferences(path_or_name) if not identical(record)]
     if str(path_or_name) == "toy":
-        from pdpo import toy
-
         return toy.split(records, seed=0)
     return split(records, seed=0)
 
@@ -309,115 +274,19 @@ def fingerprint(records: list[Preference]) -> str:
 
 
 def _read(path: Path) -> list[Preference]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, got byte {error.start} that is not. Convert the file to UTF-8.") from None
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable file, got: {error.strerror}. Check the path.") from None
-    if path.suffix == ".jsonl":
-        rows = [
-            (f"line {number}", _parse(f"{path}, line {number}", line))
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-    else:
-        parsed = _parse(str(path), text)
-        if not isinstance(parsed, list):
-            raise ValueError(
-                f"{path}: expected a list of objects, got {type(parsed).__name__}. For one object a line use .jsonl."
-            )
-        rows = [(f"row {number}", row) for number, row in enumerate(parsed, 1)]
-    if not rows:
-        raise ValueError(f"{path}: expected at least one row, got none.")
     records = []
-    for where, row in rows:
+    for where, row in read_rows(path):
         try:
-            records.append(_preference(row))
+            record = Preference(*parse_row(row))
+            if (
+                record.scores is not None
+                and isinstance(row.get("scores"), list)
+                and list(record.scores) != sorted(record.scores)[::-1]
+            ):
+                raise ValueError(
+                    f"key 'scores': expected responses best first, got scores {short(list(record.scores))}. Sort each row by score."
+                )
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
+        records.append(record)
     return records
-
-
-def _scored_rows(path: Path):
-    """(where, prompt, text, score) for each row of a scored file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                row = _parse(f"{path}, line {number}", line)
-                if not isinstance(row, dict) or not {"prompt", "text", "reward"} <= row.keys():
-                    raise ValueError(f"{path}, line {number}: expected {{'prompt', 'text', 'reward'}}, got {short(row)}.")
-                yield f"line {number}", row["prompt"], row["text"], row["reward"]
-        return
-    for prompt, row in _parse(str(path), text).items():
-        lists = [row.get(key) for key in ("responses", "rewards")] if isinstance(row, dict) else [row]
-        if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) != 1 or len(lists) != 2:
-            raise ValueError(
-                f"{path}, prompt {short(prompt)}: expected 'responses' and as many 'rewards', got {short(row)}. Mend the row."
-            )
-        for number, (response, score) in enumerate(zip(*lists, strict=True), 1):
-            yield f"prompt {short(prompt)}, response {number}", prompt, response, score
-
-
-def _parse(where: str, text: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
-        raise ValueError(f"{where}: expected JSON, got: {error}. Is the file complete?") from None
-
-
-def _preference(row) -> Preference:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}. A row is {{'prompt', 'chosen', 'rejected'}}.")
-    prompt = _text(row, "instruction" if "instruction" in row and "prompt" not in row else "prompt")
-    if "instruction" in row and "prompt" not in row and row.get("input") is not None and str(row["input"]).strip():
-        prompt += "\n" + _text(row, "input")
-    if "responses" in row:
-        responses = row["responses"]
-        if not isinstance(responses, list):
-            raise ValueError(f"key 'responses': expected a list of texts, got {type(responses).__name__}.")
-        scores = row.get("scores")
-        if scores is not None and not isinstance(scores, list):
-            raise ValueError(f"key 'scores': expected a list of numbers, got {type(scores).__name__}.")
-        texts = tuple(text.strip() if isinstance(text, str) else text for text in responses)
-        return _ranked(prompt, texts, None if scores is None else tuple(scores))
-    responses = (_text(row, "chosen"), _text(row, "rejected"))
-    found = [next((key for key in keys if row.get(key) is not None), None) for keys in (CHOSEN_SCORE_KEYS, REJECTED_SCORE_KEYS)]
-    if found[0] is None and found[1] is None:
-        return Preference(prompt, responses)
-    for key, names in zip(found, (CHOSEN_SCORE_KEYS, REJECTED_SCORE_KEYS), strict=True):
-        if key is None:
-            raise ValueError(f"key '{names[0]}': expected a score for both responses or for none, got only the other one's.")
-        if not _is_finite_number(row[key]):
-            raise ValueError(f"key '{key}': expected a finite number, got {short(row[key])}. Drop the row or mend the score.")
-    return Preference(prompt, responses, (float(row[found[0]]), float(row[found[1]])))
-
-
-def _ranked(prompt: str, texts: tuple, scores: tuple | None) -> Preference:
-    """A listed ranking; scores that contradict it mean that the file is not sorted best first."""
-    record = Preference(prompt, texts, scores)
-    if scores is not None and any(a < b for a, b in zip(scores, scores[1:], strict=False)):
-        raise ValueError(
-            f"key 'scores': expected responses best first, got scores {short(list(scores))}. Sort each row by score."
-        )
-    return record
-
-
-def _text(row: dict, key: str) -> str:
-    if key not in row:
-        raise ValueError(f"key '{key}': missing; the row has {sorted(row)}. Expected 'prompt', 'chosen' and 'rejected'.")
-    if isinstance(row[key], list):
-        raise ValueError(f"key '{key}': expected a text, got a list. Chat messages are not read; flatten them to text.")
-    if not isinstance(row[key], str) or not row[key].strip():
-        raise ValueError(f"key '{key}': expected a text that is not empty, got {short(row[key])}. Drop the row or fill it in.")
-    return row[key].strip()
-
-
-def _is_finite_number(value) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond float's range
-        return False

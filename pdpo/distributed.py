@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from pdpo.presets import device
+from pdpo.device import device
 
 TIMEOUT = datetime.timedelta(hours=12)  # while the leader samples, judges or waits for a lock, the others wait for it
 
@@ -34,7 +33,7 @@ def launch_size() -> int:
 
 
 def claim_gpu() -> None:
-    """Makes the GPU that `presets.device` names under torchrun what "cuda" means; without torchrun or GPU, nothing.
+    """Makes the GPU that `device.device` names under torchrun what "cuda" means; without torchrun or GPU, nothing.
 
     Raises:
         ValueError: torchrun started more processes on this machine than it has GPUs.
@@ -103,16 +102,20 @@ def summed(numbers: dict[str, float]) -> dict[str, float]:
     return {key: sum(part.get(key, 0.0) for part in parts) for key in dict.fromkeys(key for part in parts for key in part)}
 
 
-def replicated(policy):
-    """The policy whose backward passes give the mean of all processes' gradients; it begins as the leader's on each of them."""
+@torch.no_grad()
+def broadcast_weights(policy) -> None:
+    """Makes every process's weights the leader's."""
+    for each in policy.parameters() if world_size() > 1 else ():
+        dist.broadcast(each, 0)
+
+
+@torch.no_grad()
+def sum_gradients(policy) -> None:
+    """Adds up all processes' gradients, each over its share of the rows, in one message; every process then has their sum."""
     if world_size() == 1:
-        return policy
-    replica = DistributedDataParallel(policy, gradient_as_bucket_view=True)  # else gradients would be stored twice
-    replica.broadcast_buffers = False  # they are constants, and not all processes run equally many forward passes
-    replica.config, replica.dtype = policy.config, policy.dtype  # which log-probabilities read
-    return replica
-
-
-def exchanging(replica, when: bool):
-    """A context for one forward and backward pass: only `when` it is a batch's last do gradients leave this process."""
-    return contextlib.nullcontext() if when or world_size() == 1 else replica.no_sync()
+        return
+    trained = [each for each in policy.parameters() if each.requires_grad]
+    flat = torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in trained])
+    dist.all_reduce(flat)
+    for each, part in zip(trained, flat.split([each.numel() for each in trained]), strict=True):
+        each.grad = part.view_as(each)

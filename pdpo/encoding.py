@@ -103,3 +103,9 @@ def collate(sequences: list[Encoded], *, pad_id: int, device: torch.device | str
     real = position < lengths  # (B, T)
     batch = Batch(input_ids, real, real & (position >= num_prompt))
     return Batch(*(each.to(device, non_blocking=True) for each in batch))
+
+
+def in_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """The indices of sequences of these lengths, `size` a batch, equal lengths side by side: little padding."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]

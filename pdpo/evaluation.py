@@ -1,4 +1,4 @@
-"""What is measured of a policy: KL from its own samples, SBERT win rate, gold score; each with its uncertainty."""
+"""What is measured of a policy: KL from its own samples, SBERT wins, gold grades, and the scores of a reward model on it."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pdpo import toy
-from pdpo.encoding import collate
+from pdpo.device import autocast
+from pdpo.encoding import Encoded, collate, in_batches
+from pdpo.losses import reward_model_loss
 from pdpo.sampling import Sample
-from pdpo.training import autocast
 
 TIE = 1e-6  # cosines closer than this count as equal: float32 embeddings repeat to about 1e-7
 
@@ -46,9 +47,7 @@ def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 6
     policy.eval(), reference.eval()
     device = next(policy.parameters()).device
     results = torch.zeros(4, len(samples))
-    by_length = sorted(range(len(samples)), key=lambda i: len(samples[i].encoded.input_ids))
-    for start in range(0, len(samples), batch_size):
-        rows = by_length[start : start + batch_size]
+    for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
         batch = collate([samples[i].encoded for i in rows], pad_id=policy.config.eos_token_id, device=device)
         with autocast(device, precision):
             p, q = (
@@ -85,43 +84,56 @@ def toy_grades(samples: list[Sample]) -> dict[str, np.ndarray]:
     return {key: np.array(values, dtype=float) for key, values in columns.items()}
 
 
-def by_prompt(values, num_samples: int) -> np.ndarray:
-    """(N * num_samples,) -> (N,): the mean over each prompt's samples, which are not independent of each other."""
-    return np.asarray(values, dtype=float).reshape(-1, num_samples).mean(1)
+@torch.no_grad()
+def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
+    """(B, K, D) float32, on the CPU: the policy's last hidden state at the end (EOS) of each of K responses of B records."""
+    sequences = [each.input_ids for record in responses for each in record]
+    features = torch.zeros(len(sequences), policy.config.hidden_size)
+    device = next(policy.parameters()).device
+    for part in in_batches([len(ids) for ids in sequences], batch_size):
+        lengths = torch.tensor([len(sequences[i]) for i in part])
+        input_ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)  # right padding: a causal model ignores it
+        for line, i in enumerate(part):
+            input_ids[line, : lengths[line]] = torch.tensor(sequences[i])
+        with autocast(device, precision):
+            hidden = policy.base_model(input_ids=input_ids.to(device)).last_hidden_state.float().cpu()
+        features[part] = hidden[torch.arange(len(part)), lengths - 1]
+    return features.view(len(responses), -1, features.shape[1])
 
 
-def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
+    """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss.
 
     Args:
-        values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
-            (S, N), a row for each seed, both seeds and prompts are drawn again.
-        level: of confidence.
-        num_resamples: bootstrap samples.
-        seed: of the resampling.
+        features: (B, 2, D), chosen first (`last_hidden`).
+        weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
+        steps: of L-BFGS.
     Returns:
-        (low, high), in the unit of the values.
-    Raises:
-        ValueError: fewer than two units, or a value that is not finite.
-    Source:
-        Efron 1979, "Bootstrap methods: another look at the jackknife".
+        (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
     """
-    values = np.asarray(values, dtype=float)
-    if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got shape {values.shape}. "
-            "Average the samples of each prompt first (by_prompt)."
-        )
-    of_seed = np.atleast_2d(values)  # (S, N)
-    rng = np.random.default_rng(seed)
-    prompts = rng.integers(of_seed.shape[1], size=(num_resamples, of_seed.shape[1]))
-    seeds = rng.integers(len(of_seed), size=(num_resamples, len(of_seed)))
-    means = np.take_along_axis(of_seed[seeds].mean(1), prompts, axis=1).mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
+    weights = torch.zeros(features.shape[-1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        scores = features / scale @ weights  # (B, 2)
+        loss = reward_model_loss(scores[:, 0], scores[:, 1]).mean() + weight_decay * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (weights / scale).detach()
 
 
-def with_interval(key: str, values) -> dict[str, float]:
-    """{key: mean, key_low, key_high}: a figure's row entries of values as `bootstrap_interval` takes them, with its 95 % interval."""
-    low, high = bootstrap_interval(values)
-    return {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
+def response_scores(
+    policy, responses: list[list[Encoded]], weights: torch.Tensor, *, batch_size: int = 64, precision: str = "float32"
+) -> list[tuple[float, ...]]:
+    """The linear head's score of each response of each record, in nats; records may have different numbers of them."""
+    scores: list[tuple[float, ...]] = [()] * len(responses)
+    for size in {len(record) for record in responses}:  # records of one K at a time
+        chosen = [i for i, record in enumerate(responses) if len(record) == size]
+        features = last_hidden(policy, [responses[i] for i in chosen], batch_size=batch_size, precision=precision)
+        for i, values in zip(chosen, (features @ weights).tolist(), strict=True):
+            scores[i] = tuple(values)
+    return scores

@@ -1,33 +1,35 @@
-"""The experiments that notebooks call: each is a named stage, trained or measured once; a second call returns at once."""
+"""The experiments that notebooks call. Each is a named stage, which takes its parent; a second call returns at once.
+
+    sft = run_sft(preset, seed=0)
+    dpo = run_preference(sft, method="dpo", beta=0.3)
+    wins = run_win_rate(dpo, temperature=1.0)
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
 
 import hashlib
 import itertools
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from pdpo.checkpoint import write_json
 from pdpo.data import Preference, fingerprint, load_split, pairs
-from pdpo.distributed import is_leader, on_leader, world_size
+from pdpo.device import device, num_cores
+from pdpo.distributed import is_leader, launch_size, on_leader, world_size
 from pdpo.encoding import encode_records
-from pdpo.evaluation import by_prompt, sequence_kl, toy_grades, win_values
+from pdpo.evaluation import fit_reward_head, last_hidden, response_scores, sequence_kl, toy_grades, win_values
+from pdpo.files import check_new_folder, read_json, replacing, shown, write_json
 from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
-from pdpo.presets import Preset, device, get_preset
-from pdpo.reward import calibration, fit_reward_head, last_hidden, response_scores
+from pdpo.presets import Preset, TrainConfig, get_preset
 from pdpo.sampling import sample
-from pdpo.stages import check_new_folder, run_all, run_stage, runs_dir, shown
-from pdpo.training import Row, TrainConfig, preference_rows, train, with_reference_logps
-
-TRAINING_CODE = ("preferences", "logps", "losses", "encoding", "models", "trees", "distributed", "training")
-MEASURING_CODE = ("sampling", "evaluation")  # the KL in a preference run's history
-REWARD_CODE = ("encoding", "losses", "models", "reward")
-EVALUATION_CODE = ("encoding", "sampling", "evaluation", "toy")
+from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
+from pdpo.statistics import Frontier, by_prompt, calibration
+from pdpo.training import Row, preference_rows, train, with_reference_logps
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,41 @@ class Run:
 
     Attributes:
         path: its folder: policy/ (save_pretrained, with the tokenizer), history.json, stage.json.
-        preset: what it ran with.
-        config: everything that determined it.
+        preset: sizes, data and machine that it ran with.
+        train: its hyperparameters.
         history: one dict an optimizer step; see `training.train`.
+        parent: the SFT run that it started from, which is its reference; None for an SFT run.
     """
 
     path: Path
     preset: Preset
-    config: dict
-    history: list[dict]
+    train: TrainConfig
+    history: list[dict] = field(repr=False)
+    parent: "Run | None" = field(default=None, repr=False)
 
     @property
     def method(self) -> str:
-        return self.config["train"]["method"]
+        return self.train.method
 
     @property
     def beta(self) -> float | None:
-        return self.config["train"]["beta"]
+        return self.train.beta
 
     @property
     def seed(self) -> int:
-        return self.config["train"]["seed"]
+        return self.train.seed
+
+    @property
+    def sft(self) -> "Run":
+        """The SFT run: this one, or the one that it started from."""
+        return self.parent or self
+
+    def __repr__(self) -> str:
+        beta = "" if self.beta is None else f" beta={self.beta:g}"
+        losses = [row["eval_loss"] for row in self.history if "eval_loss" in row] or [float("nan")]
+        return (
+            f"<Run {self.method}{beta} seed={self.seed}: held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}, {shown(self.path)}>"
+        )
 
     def load_policy(self) -> torch.nn.Module:
         """The trained policy, on this machine's device."""
@@ -69,14 +85,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation stage: `rows`, one dict a sample, the samples of a prompt side by side.
+    """A finished evaluation stage of one run: `rows`, one dict a sample, the samples of a prompt side by side.
 
     Keys: prompt, text, finished, chosen, rejected, win (1, 0.5 or 0); on `toy` also score, correct, degenerate and a 0/1
     for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a response) and num_tokens.
     """
 
     path: Path
-    rows: list[dict]
+    run: Run
+    rows: list[dict] = field(repr=False)
     num_samples: int
 
     def column(self, key: str) -> np.ndarray:
@@ -119,28 +136,8 @@ class RewardModel:
         return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
 
 
-@dataclass(frozen=True)
-class Frontier:
-    """One method measured at several betas. S seeds, B betas, N test prompts.
-
-    betas: B numbers.
-    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
-    score: (S, B, N) gold score on `toy`, else the SBERT win.
-    stages: the evaluations it was read from, for `experiments.run_info`.
-    """
-
-    betas: tuple[float, ...]
-    kl: np.ndarray
-    score: np.ndarray
-    stages: tuple = ()
-
-    def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
-        return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
-
-
 def start(preset: str | Preset | None = None) -> Preset:
-    """Chooses the preset, says what it runs on and where results go, and pins one thread where bits are compared.
+    """Chooses the preset, says what it runs on and where results go, and sets the number of threads (`Preset.num_threads`).
 
     Args:
         preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
@@ -148,36 +145,29 @@ def start(preset: str | Preset | None = None) -> Preset:
     chosen = get_preset(preset)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    num_threads = max(chosen.num_threads // launch_size(), 1)
     if device().type == "cpu":
-        torch.set_num_threads(1)  # the same seed then gives the same bits in every process
+        torch.set_num_threads(num_threads)
+        num_threads = min(num_threads, max(num_cores() // num_runs_at_a_time(), 1))
     processes = f"{world_size()} processes, " if world_size() > 1 else ""
-    hardware = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, 1 of {os.cpu_count()} cores"
+    cpu = f"CPU, {num_threads} of {num_cores()} cores a run"
+    hardware = torch.cuda.get_device_name() if device().type == "cuda" else cpu
     print(
         f"preset {chosen.name}: {processes}{hardware}, {chosen.precision}, data {chosen.data}, results in {shown(runs_dir() / chosen.name)}"
     )
     return chosen
 
 
-def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
+def run_sft(preset: Preset | str, *, seed: int = 0) -> Run:
     """Supervised fine-tuning on the training split's responses.
 
     Args:
-        preset: sizes, data, steps.
+        preset: sizes, data, and hyperparameters (`preset.sft`).
         seed: of random weights and of the order of the rows.
-        wait: False raises Busy where another process is at it.
     """
     preset = get_preset(preset)
+    config = replace(preset.sft, seed=seed)
     train_records, validation, _ = load_split(preset.data)
-    config = TrainConfig(
-        "sft", preset.sft_steps, preset.sft_batch_size, preset.sft_lr,
-        micro_batch_size=preset.micro_batch_size, precision=preset.precision, seed=seed,
-    )  # fmt: skip
-    source = {
-        "preset": {key: getattr(preset, key) for key in ("vocab_size", "embedding", "layers", "heads", "context")},
-        "model": _files(preset.model),
-        "tokenizer": _files(preset.tokenizer),
-        "all_responses": preset.sft_all_responses,
-    }
 
     def build(folder: Path) -> dict:
         tokenizer = load_tokenizer(preset, train_records)
@@ -195,63 +185,41 @@ def run_sft(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> Run:
 
     determinants = {
         "train": asdict(config),
-        **source,
-        "num_evaluations": preset.num_evaluations,
+        "preset": {key: getattr(preset, key) for key in ("vocab_size", "embedding", "layers", "heads", "context")},
+        "model": _files(preset.model),
+        "tokenizer": _files(preset.tokenizer),
+        "all_responses": preset.sft_all_responses,
         "data": fingerprint(train_records + validation),
     }
-    stage = run_stage(preset.name, f"sft-seed{seed}", determinants, TRAINING_CODE, build, wait=wait, together=True)
-    return _load_run(preset, *stage)
+    path, _ = run_stage(preset.name, f"sft-seed{seed}", determinants, build, together=True)
+    return Run(path, preset, config, read_json(path / "history.json"))
 
 
-def run_preference(
-    preset: Preset | str,
-    *,
-    method: str,
-    beta: float,
-    seed: int = 0,
-    alpha: float | None = None,
-    offset_scale: str | None = None,
-    records: list[Preference] | None = None,
-    num_evaluations: int | None = None,
-    wait: bool = True,
-    **options,
-) -> Run:
-    """Preference training, afresh from the SFT stage of the same seed.
+def run_preference(sft: Run, *, method: str, beta: float, records: list[Preference] | None = None, **changes) -> Run:
+    """Preference training from an SFT run, which is the reference; pairs are drawn and shuffled by that run's seed.
 
     Args:
-        preset: sizes, data, steps.
-        method: "dpo", "odpo", "slic" or "plackett_luce".
+        sft: where to start from.
+        method: "dpo", "odpo", "slic" or "plackett_luce". Where the data has no scores, ODPO takes those of `run_reward_model`.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-        seed: of the SFT stage, of which pairs are drawn and of their order.
-        alpha, offset_scale: ODPO's, see `score_offset`; None is the preset's. Where the data has no scores, those of
-            `run_reward_model` take their place.
-            Scale "mean" is a control: every pair has the mean of the "log" offsets, whatever its own scores.
-        num_evaluations: held-out measurements along the run; None is the preset's number. They take a third of its time.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
-        wait: False raises Busy where another process is at it or at its SFT stage.
-        options: more fields of `TrainConfig`, such as label_smoothing, or others than the preset's.
+        changes: other hyperparameters than those of the preset (`preset.preference`): fields of `TrainConfig`, such as
+            alpha, steps or num_evaluations (held-out measurements take a third of a run's time).
     """
-    preset = get_preset(preset)
-    config = TrainConfig(**{
-        "method": method, "steps": preset.preference_steps, "batch_size": preset.preference_batch_size,
-        "lr": preset.preference_lr, "beta": beta, "micro_batch_size": preset.micro_batch_size,
-        "precision": preset.precision, "seed": seed, **options,
-    })  # fmt: skip
-    sft = run_sft(preset, seed=seed, wait=wait)
+    preset = sft.preset
+    config = replace(preset.preference, method=method, beta=beta, **{"seed": sft.seed} | changes)
     train_records, validation, _ = load_split(preset.data)
-    held_out_records = validation if method == "plackett_luce" else pairs(validation)
+    ranked = method == "plackett_luce"
+    held_out_records = validation if ranked else pairs(validation)
     if records is None:
-        ranked = method == "plackett_luce"
-        records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed)
-    offset = {"alpha": preset.alpha if alpha is None else alpha, "scale": offset_scale or preset.offset_scale}
+        records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed)
     unscored = method == "odpo" and not any(record.scores for record in records)
-    if unscored and offset["scale"] == "log_ratio":
+    if unscored and config.offset_scale == "log_ratio":
         raise ValueError(
             "run_preference: expected offset_scale 'log', 'identity' or 'mean' for data without scores, got 'log_ratio'. It "
             "needs scores > 0, and those of a reward model lie around 0."
         )
-    reward_model = run_reward_model(preset, seed=seed, wait=wait) if unscored else None
-    preset = replace(preset, num_evaluations=num_evaluations or preset.num_evaluations)
+    reward_model = run_reward_model(sft) if unscored else None
 
     def build(folder: Path) -> None:
         scored, scored_held_out = records, held_out_records
@@ -261,13 +229,12 @@ def run_preference(
         tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
         rows, held_out = (
-            _with_cached_reference(sft, policy, preference_rows(tokenizer, each, method=method, **offset))
-            for each in (scored, scored_held_out)
+            _with_cached_reference(sft, policy, preference_rows(tokenizer, each, config)) for each in (scored, scored_held_out)
         )
 
         def measure(policy) -> dict:
             samples = sample(
-                policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=seed,
+                policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=sft.seed,
                 batch_size=preset.micro_batch_size, precision=preset.precision,
             )  # fmt: skip
             # read from disk each time (tiny: 0.03 s), where it takes the room of the gradients, instead of kept in memory
@@ -279,33 +246,28 @@ def run_preference(
 
     determinants = {
         "train": asdict(config),
-        "offset": offset if method == "odpo" else None,
         "reward_model": reward_model and reward_model.path.name,
         "sft": sft.path.name,
         "data": fingerprint(records + held_out_records),
-        "num_evaluations": preset.num_evaluations,
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
     }
-    name, code = f"{method}-beta{beta:g}-seed{seed}", TRAINING_CODE + MEASURING_CODE + (("reward",) if reward_model else ())
-    return _load_run(preset, *run_stage(preset.name, name, determinants, code, build, wait=wait, together=True))
+    path, _ = run_stage(preset.name, f"{method}-beta{beta:g}-seed{config.seed}", determinants, build, together=True)
+    return Run(path, preset, config, read_json(path / "history.json"), sft)
 
 
-def run_reward_model(preset: Preset | str, *, seed: int = 0, wait: bool = True) -> RewardModel:
+def run_reward_model(sft: Run) -> RewardModel:
     """A linear reward model on the SFT policy, fitted to the training split's pairs and tried on the test split's.
 
     It sees which response is better, never the data's scores. `run_preference` takes its scores for ODPO where the data
     has none.
 
     Args:
-        preset: data, and the SFT stage that gives the features.
-        seed: of the SFT stage and of which pairs are drawn.
-        wait: False raises Busy where another process is at it or at its SFT stage.
+        sft: gives the features, and the seed by which pairs are drawn.
     """
-    preset = get_preset(preset)
-    sft = run_sft(preset, seed=seed, wait=wait)
+    preset = sft.preset
     train_records, _, test = load_split(preset.data)
-    drawn, held_out = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=seed), pairs(test)
+    drawn, held_out = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed), pairs(test)
 
     def build(folder: Path) -> None:
         policy, tokenizer = sft.load_policy(), sft.load_tokenizer()
@@ -318,41 +280,19 @@ def run_reward_model(preset: Preset | str, *, seed: int = 0, wait: bool = True) 
         write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
 
     determinants = {"sft": sft.path.name, "data": fingerprint(drawn + held_out)}
-    path, _ = run_stage(preset.name, f"reward_model-seed{seed}", determinants, REWARD_CODE, build, wait=wait)
-    stored = json.loads((path / "reward_model.json").read_text(encoding="utf-8"))
+    path, _ = run_stage(preset.name, f"reward_model-seed{sft.seed}", determinants, build)
+    stored = read_json(path / "reward_model.json")
     return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
 
 
-def run_win_rate(
-    preset: Preset | str,
-    *,
-    method: str,
-    beta: float | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
-    wait: bool = True,
-    **options,
-) -> Evaluation:
-    """Samples of one policy on the test prompts, judged by SBERT and, on `toy`, graded against the truth.
+def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
+    """Samples of one run's policy on the test prompts, judged by SBERT and, on `toy`, graded against the truth.
 
     Args:
-        preset: test prompts, samples a prompt (one at temperature 0), judge.
-        method: "sft" or a method of `run_preference`, which trains it where it is missing.
-        beta: of that run; None for "sft".
-        seed: of that run; also of the sampling.
-        temperature: of the sampling, >= 0.
-        wait: False raises Busy where another process is at it.
-        options: more arguments of `run_preference`.
-    Raises:
-        ValueError: a beta or an option for "sft", which has none.
+        run: of SFT or of a preference method; its preset names test prompts, samples a prompt (one at temperature 0), judge.
+        temperature: of the sampling, >= 0; its seed is the run's.
     """
-    if method == "sft" and (beta is not None or options):
-        raise ValueError(
-            f"run_win_rate: expected no beta and no options for sft, got beta {beta} and {options}. Leave them out."
-        )
-    preset = get_preset(preset)
-    sft = run_sft(preset, seed=seed, wait=wait)
-    run = sft if method == "sft" else run_preference(preset, method=method, beta=beta, seed=seed, wait=wait, **options)
+    preset, sft = run.preset, run.sft
     test = load_split(preset.data)[2]
     num_samples = preset.num_samples if temperature > 0 else 1
 
@@ -360,7 +300,7 @@ def run_win_rate(
         policy, tokenizer = run.load_policy(), run.load_tokenizer()
         prompts = [record.prompt for record in test]
         samples = sample(
-            policy, tokenizer, prompts, temperature=temperature, max_new_tokens=preset.max_new_tokens, seed=seed,
+            policy, tokenizer, prompts, temperature=temperature, max_new_tokens=preset.max_new_tokens, seed=run.seed,
             num_samples=num_samples, precision=preset.precision,
         )  # fmt: skip
         repeated = [record for record in test for _ in range(num_samples)]
@@ -383,52 +323,89 @@ def run_win_rate(
         "run": run.path.name,
         "sft": sft.path.name,
         "temperature": temperature,
-        "seed": seed,
+        "seed": run.seed,
         "num_samples": num_samples,
         "max_new_tokens": preset.max_new_tokens,
         "judge": preset.judge,
         "data": fingerprint(test),
     }
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
-    path, _ = run_stage(preset.name, name, determinants, EVALUATION_CODE, build, wait=wait)
-    return Evaluation(path, json.loads((path / "rows.json").read_text(encoding="utf-8")), num_samples)
+    path, _ = run_stage(preset.name, name, determinants, build)
+    return Evaluation(path, run, read_json(path / "rows.json"), num_samples)
 
 
 def run_frontier(
-    preset: Preset | str, *, betas: tuple[float, ...] | None = None, records: dict | None = None, **options
+    sfts: list[Run], *, method: str, betas: tuple[float, ...] | None = None, records: dict | None = None, **changes
 ) -> Frontier:
-    """Trains and measures one method at every beta and seed of the preset, at temperature 1.
+    """Trains and measures one method at every beta from every SFT run, at temperature 1.
 
     Args:
-        preset: seeds, betas, data.
+        sfts: one a seed.
+        method: of `run_preference`; "sft" is the point at KL 0.
         betas: others than the preset's.
         records: for each seed what to train on; None makes pairs (or rankings) from the training split.
-        options: method and more arguments of `run_preference`; {"method": "sft"} is the point at KL 0.
+        changes: as for `run_preference`.
     """
-    return run_frontiers(preset, {"": {"betas": betas, "records": records, **options}})[""]
+    options = {"method": method, "betas": betas, "records": records, **changes}
+    return run_frontiers(sfts, {"": options})[""]
 
 
-def run_frontiers(preset: Preset | str, arguments: dict[str, dict]) -> dict[str, Frontier]:
-    """`run_frontier(preset, **each)` for each of the named arguments; as one list of stages, so that no core waits between."""
-    preset = get_preset(preset)
+def run_frontiers(sfts: list[Run], arguments: dict[str, dict]) -> dict[str, Frontier]:
+    """`run_frontier(sfts, **each)` for each of the named arguments; as one list of stages, so that no core waits between."""
+    preset = sfts[0].preset
     betas, settings = {}, []
     for name, options in arguments.items():
         options = dict(options)
         records = options.pop("records", None)
         betas[name] = tuple(options.pop("betas", None) or ((None,) if options["method"] == "sft" else preset.betas))
-        for seed in preset.seeds:
-            of_seed = options | ({"records": records[seed]} if records else {})
-            settings += [{"preset": preset, "beta": beta, "seed": seed, **of_seed} for beta in betas[name]]
-    measured = iter(run_all(run_win_rate, settings))
+        for sft in sfts:
+            of_seed = options | ({"records": records[sft.seed]} if records else {})
+            settings += [{"sft": sft, "beta": beta, **of_seed} for beta in betas[name]]
+    measured = iter(run_all(_trained_and_measured, settings))
     frontiers = {}
     for name, of_name in betas.items():
-        stages = tuple(itertools.islice(measured, len(preset.seeds) * len(of_name)))
+        stages = tuple(itertools.islice(measured, len(sfts) * len(of_name)))
         kl, score = (
-            np.array([each.column(key) for each in stages]).reshape(len(preset.seeds), len(of_name), -1)
+            np.array([each.column(key) for each in stages]).reshape(len(sfts), len(of_name), -1)
             for key in ("kl", "score" if preset.data == "toy" else "win")
         )
         frontiers[name] = Frontier(of_name, kl, score, stages)
     return frontiers
+
+
+def _trained_and_measured(sft: Run, *, method: str, beta: float | None, **options) -> Evaluation:
+    return run_win_rate(sft if method == "sft" else run_preference(sft, method=method, beta=beta, **options))
+
+
+def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preference], dict[str, int]]:
+    """Rankings made of the SFT policy's own samples to the toy's training prompts, graded by the truth.
+
+    Args:
+        sft: the policy to sample from, at temperature 1.
+        num_samples: M, samples a prompt.
+    Returns:
+        One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
+        tie; and counts: samples, empty, tied (left out, as their prompt has another sample of that score), prompts_left_out.
+    Source:
+        Amini 2024, arXiv:2402.10571, Eq. 17.
+    """
+    prompts = [record.prompt for record in load_split("toy")[0]]
+    samples = sample(
+        sft.load_policy(), sft.load_tokenizer(), prompts, temperature=1.0, max_new_tokens=sft.preset.max_new_tokens,
+        seed=sft.seed, num_samples=num_samples,
+    )  # fmt: skip
+    by_score: dict[str, dict[float, str]] = {prompt: {} for prompt in prompts}
+    for each, score in zip(samples, toy_grades(samples)["score"].tolist(), strict=True):
+        if each.text:
+            by_score[each.prompt].setdefault(score, each.text)
+    rankings = [(prompt, sorted(found.items(), reverse=True)) for prompt, found in by_score.items() if len(found) > 1]
+    records = [
+        Preference(prompt, tuple(text for _, text in found), tuple(score for score, _ in found)) for prompt, found in rankings
+    ]
+    empty = sum(not each.text for each in samples)
+    tied = len(samples) - empty - sum(map(len, by_score.values()))
+    counts = {"samples": len(samples), "empty": empty, "tied": tied, "prompts_left_out": len(prompts) - len(records)}
+    return records, counts
 
 
 def run_info(preset: Preset, stages: list) -> dict:
@@ -468,14 +445,12 @@ def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
         preset = sft.preset
         done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
         on_leader(lambda: write_json(path, [row.reference_logps for row in done]))
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, stored, strict=True)]
+    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, read_json(path), strict=True)]
 
 
 def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:
     history = train(
         policy, rows, config, held_out=held_out, measure=measure,
-        evaluate_every=max(config.steps // preset.num_evaluations, 1),
         checkpoint=folder / "checkpoint.pt", checkpoint_seconds=preset.checkpoint_seconds,
     )  # fmt: skip
     if not is_leader():
@@ -485,10 +460,6 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     write_json(folder / "history.json", history)
     for left in folder.glob("*checkpoint.pt*"):  # also one that a killed process was writing
         left.unlink()
-
-
-def _load_run(preset: Preset, path: Path, config: dict) -> Run:
-    return Run(path, preset, config, json.loads((path / "history.json").read_text(encoding="utf-8")))
 
 
 def _files(source: str | None):
@@ -504,12 +475,8 @@ def _files(source: str | None):
 def copy_run(run: Run, target: Path) -> Path:
     """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet."""
     check_new_folder(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copytree(run.path / "policy", temporary)
-    for name in ("history.json", "stage.json"):
-        shutil.copy(run.path / name, temporary / name)
-    if target.exists():
-        target.rmdir()
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        shutil.copytree(run.path / "policy", temporary)
+        for name in ("history.json", "stage.json"):
+            shutil.copy(run.path / name, temporary / name)
     return target

@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from pdpo import experiments
 from pdpo.data import load_split, pairs
 from pdpo.encoding import TEMPLATE, Encoded, encode_records
+from pdpo.files import check_new_folder, replacing
 from pdpo.models import load_tokenizer
-from pdpo.presets import Preset, get_preset
-from pdpo.training import TrainConfig, batch_indices
+from pdpo.presets import Preset, TrainConfig, get_preset
+from pdpo.training import batch_indices
 
 README = """# DPO with TRL
 
@@ -52,17 +54,14 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
     Source:
         trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py.
     """
-    experiments.check_new_folder(target)
+    check_new_folder(target)
     if method != "dpo":
         raise ValueError(
             f"export_trl: expected method 'dpo', got {method!r}. TRL's DPOTrainer has no place for ODPO's offsets, nor for "
             f"rankings or the regularised hinge: train it here, `python -m pdpo train --method {method}`."
         )
     preset = get_preset(preset)
-    config = TrainConfig(
-        method, preset.preference_steps, preset.preference_batch_size, preset.preference_lr, beta=beta,
-        precision=preset.precision, seed=seed,
-    )  # fmt: skip
+    config = replace(preset.preference, method=method, beta=beta, seed=seed)
     train_records = load_split(preset.data)[0]
     rows = _rows(
         load_tokenizer(preset, train_records),  # the one that SFT saves; here, so that bad rows are refused before SFT
@@ -72,19 +71,12 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
     order = [i for step in range(config.steps) for i in batch_indices(len(rows), config.batch_size, seed=seed, step=step)]
     settings = _settings(config, max_length=preset.context)
     warmup = settings["warmup_steps"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with replacing(target) as temporary:
         shutil.copytree(sft.path / "policy", temporary / "policy")
         (temporary / "train.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in order), encoding="utf-8")
         (temporary / "dpo.yaml").write_text("".join(f"{key}: {_yaml(value)}\n" for key, value in settings.items()))
         text = README.format(steps=config.steps, batch_size=config.batch_size, warmup=warmup, compared=warmup + 1)
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 

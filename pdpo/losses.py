@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
@@ -74,27 +73,15 @@ def dpo_loss(
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    shape = policy_chosen_logps.shape
-    if len(shape) != 1 or any(each.shape != shape for each in logps):
-        raise ValueError(
-            f"dpo_loss: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
-            "Sum the token log-probabilities of each response first (sequence_logps)."
-        )
-    _check_beta("dpo_loss", beta)
-    if isinstance(offset, Tensor) and offset.shape not in ((), shape):
-        raise ValueError(
-            f"dpo_loss: expected offset to be a number or of shape {tuple(shape)}, got {tuple(offset.shape)}. "
-            "Pass one offset per pair (score_offset)."
-        )
+    chosen_rewards, rejected_rewards = _rewards("dpo_loss", *logps, beta=beta)  # (B,), (B,)
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(
             f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. "
             "At 0.5 the labels carry no information; above it they are reversed."
         )
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)  # (B,)
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)  # (B,)
-    logits = chosen_rewards - rejected_rewards - offset  # (B,)
-    losses = -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+    losses = -(1 - label_smoothing) * bradley_terry_logps(chosen_rewards, rejected_rewards, offset=offset)
+    if label_smoothing:
+        losses = losses - label_smoothing * bradley_terry_logps(rejected_rewards, chosen_rewards, offset=-offset)
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
@@ -217,12 +204,10 @@ def ipo_loss(
     Source:
         Azar 2023, arXiv:2310.12036, Eq. 17.
     """
-    _check_pairs("ipo_loss", policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    _check_beta("ipo_loss", beta)
-    chosen = policy_chosen_logps - reference_chosen_logps  # (B,)
-    rejected = policy_rejected_logps - reference_rejected_logps  # (B,)
-    losses = (chosen - rejected - 1 / (2 * beta)) ** 2
-    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    chosen_rewards, rejected_rewards = _rewards("ipo_loss", *logps, beta=beta)  # (B,), (B,)
+    losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
+    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
 def slic_loss(
@@ -251,15 +236,14 @@ def slic_loss(
     Source:
         Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response.
     """
-    _check_pairs("slic_loss", policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    _check_beta("slic_loss", beta)
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    chosen_rewards, rejected_rewards = _rewards("slic_loss", *logps, beta=beta)  # (B,), (B,)
     if not regularization >= 0:
         raise ValueError(
             f"slic_loss: expected regularization >= 0, got {regularization}. A negative one unlearns good responses."
         )
     losses = (1 / beta - policy_chosen_logps + policy_rejected_logps).clamp(min=0) - regularization * policy_chosen_logps
-    chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps  # (B,)
-    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
 def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
@@ -335,9 +319,13 @@ def _check_beta(function: str, beta: float) -> None:
         )
 
 
-def _check_pairs(function: str, *logps: Tensor) -> None:
+def _rewards(function: str, *logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all five."""
     if logps[0].ndim != 1 or any(each.shape != logps[0].shape for each in logps):
         raise ValueError(
             f"{function}: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
             "Sum the token log-probabilities of each response first (sequence_logps)."
         )
+    _check_beta(function, beta)
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = logps
+    return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)

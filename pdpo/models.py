@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers.activations import ACT2FN, NewGELUActivation
 
 from pdpo.data import load_split
-from pdpo.download import file_sha256
 from pdpo.encoding import TEMPLATE
+from pdpo.files import file_sha256, replacing
 from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
 
 EOS = "<|endoftext|>"
@@ -179,10 +179,8 @@ class Judge:
     def _save(self) -> None:
         if self.cache_file is None:
             return
-        self.cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.cache_file.with_name(f".{self.cache_file.name}.{os.getpid()}.npz")
-        np.savez(temporary, texts=np.array(list(self.known)), embeddings=np.stack(list(self.known.values())))
-        os.replace(temporary, self.cache_file)
+        with replacing(self.cache_file) as temporary, open(temporary, "wb") as file:
+            np.savez(file, texts=np.array(list(self.known)), embeddings=np.stack(list(self.known.values())))
 
 
 def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:

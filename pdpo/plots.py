@@ -1,7 +1,5 @@
 """Figures: the only module that imports matplotlib. Each is saved as PNG beside the CSV of the rows it was drawn from."""
 
-import csv
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from pdpo.checkpoint import write_json
+from pdpo.files import checkout_folder, replacing, write_csv, write_json
 
 # distinguishable in black and white: line style and marker differ as well as colour
 STYLES = [
@@ -55,15 +53,10 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
             "Pass the values that were drawn."
         )
     target = figures_dir() / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, target.with_name(target.name + ".csv"))
-    figure.savefig(temporary, format="png", metadata={"Software": None})
-    os.replace(temporary, target.with_name(target.name + ".png"))
+    with replacing(target.with_name(target.name + ".csv")) as temporary:
+        write_csv(temporary, rows)
+    with replacing(target.with_name(target.name + ".png")) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     if info is not None:
         write_json(target.with_name(target.name + ".run_info.json"), info)
     return target.with_name(target.name + ".png")
@@ -71,9 +64,7 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
 
 def figures_dir() -> Path:
     """$PDPO_FIGURES_DIR, else figures/ of the checkout that this package runs from, else figures/ of the current folder."""
-    checkout = Path(__file__).resolve().parent.parent
-    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "figures"
-    return Path(os.environ.get("PDPO_FIGURES_DIR") or default)
+    return checkout_folder("figures", "PDPO_FIGURES_DIR")
 
 
 def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
@@ -197,7 +188,7 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
     """Score against KL, a line a method through its betas, with 95 % intervals in both directions.
 
     Args:
-        rows: `frontier.frontier_rows`; a method with beta None (SFT) is one point.
+        rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point.
         ylabel: what the score is.
         title: the figure's claim.
     Returns:

@@ -1,16 +1,94 @@
-"""What an experiment runs with: one frozen dataclass, one instance a machine size."""
+"""What an experiment runs with: one frozen dataclass of hyperparameters a training, one of everything else a machine size."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from reprlib import repr as short
 
 import torch
 
+from pdpo.device import PRECISIONS, choose_precision, num_cores
+from pdpo.reach import in_key
+
 DEFAULT_JUDGE = "sentence-transformers/all-MiniLM-L6-v2"
+METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run's hyperparameters; a checkpoint refuses to go on under other ones.
+
+    Attributes:
+        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "slic" or "plackett_luce".
+        steps: optimizer steps.
+        batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
+        lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT alone.
+        alpha, offset_scale: ODPO's, see `score_offset`. Scale "mean" is a control: every pair has the mean of the "log"
+            offsets, whatever its own scores.
+        label_smoothing: see `dpo_loss`.
+        optimizer: "adam" (AdamW) or "sgd" (without momentum).
+        max_grad_norm: gradients are scaled down to this norm.
+        num_evaluations: held-out measurements along a run, beside the one before its first step.
+        micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
+        precision: "float32", "bfloat16" or "float16" activations; the weights are float32. "auto": `get_preset` chooses.
+        seed: of the order of the rows.
+    """
+
+    method: str
+    steps: int
+    batch_size: int
+    lr: float
+    beta: float | None = None
+    alpha: float = 0.5
+    offset_scale: str = "log"
+    label_smoothing: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    max_grad_norm: float = 1.0
+    num_evaluations: int = 10
+    micro_batch_size: int = 64
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"TrainConfig: expected method in {METHODS}, got {self.method!r}.")
+        if self.method != "sft" and not 0 < (self.beta or 0) < float("inf"):
+            raise ValueError(
+                f"TrainConfig: expected finite beta > 0 for {self.method}, got {self.beta}. "
+                "beta: KL strength; a larger beta keeps the policy closer to the reference."
+            )
+        if self.method == "sft" and self.beta is not None:
+            raise ValueError(
+                f"TrainConfig: expected beta None for sft, which has no reference to stay close to, got {self.beta}."
+            )
+        if not 0 <= self.alpha < float("inf") or self.offset_scale not in ("log", "identity", "log_ratio", "mean"):
+            raise ValueError(
+                "TrainConfig: expected finite alpha >= 0 and offset_scale 'log', 'identity', 'log_ratio' or 'mean', got "
+                f"{self.alpha} and {self.offset_scale!r}. alpha=0 is DPO."
+            )
+        if self.label_smoothing and self.method not in ("dpo", "odpo"):
+            raise ValueError(
+                f"TrainConfig: expected label_smoothing 0 for {self.method}, got {self.label_smoothing}. DPO reads it."
+            )
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"TrainConfig: expected optimizer 'adam' or 'sgd', got {self.optimizer!r}.")
+        if self.precision not in (*PRECISIONS, "auto"):
+            raise ValueError(f"TrainConfig: expected precision in {tuple(PRECISIONS)}, got {self.precision!r}.")
+        counts = ("steps", "batch_size", "micro_batch_size", "num_evaluations")
+        wrong = [f"{name} {getattr(self, name)!r}" for name in counts if getattr(self, name) < 1]
+        if wrong or not 0 < self.lr < float("inf"):
+            raise ValueError(
+                f"TrainConfig: expected {', '.join(counts)} >= 1 and a finite lr > 0, got {', '.join([*wrong, f'lr {self.lr}'])}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"TrainConfig: expected a seed from 0 to 2**31 - 1, got {short(self.seed)}.")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a stage needs to know besides its method, beta and seed. Steps are optimizer steps."""
+    """Everything that a stage needs to know besides its parent, method, beta and seed. Steps are optimizer steps."""
 
     name: str
     data: str = "toy"  # a name or file that load_preferences takes
@@ -21,23 +99,12 @@ class Preset:
     layers: int = 2
     heads: int = 4
     context: int = 64  # longest sequence in tokens
-    precision: str = "float32"  # "bfloat16", "float16": of the activations; weights stay float32. "auto": get_preset chooses
 
-    sft_steps: int = 600
-    sft_batch_size: int = 64  # sequences
-    sft_lr: float = 6e-3
+    sft: TrainConfig = field(default=TrainConfig("sft", 600, 64, 6e-3))
+    preference: TrainConfig = field(default=TrainConfig("dpo", 100, 32, 2e-4, beta=0.1))
     sft_all_responses: bool = True  # False: demonstrations are the best response alone
-
-    preference_steps: int = 100
-    preference_batch_size: int = 32  # pairs
-    preference_lr: float = 2e-4
     pairs_per_prompt: int | None = 2  # None: all pairs
-    alpha: float = 0.5  # ODPO's strength
-    offset_scale: str = "log"
-
-    micro_batch_size: int = 64  # sequences in memory at a time
-    num_evaluations: int = 10  # held-out measurements along a run
-    num_kl_prompts: int = 64  # prompts sampled for the KL at each of them
+    num_kl_prompts: int = 64  # prompts sampled for the KL at each measurement of a preference run
     checkpoint_seconds: float = 30.0
 
     betas: tuple[float, ...] = (0.05, 0.1, 0.3, 0.7, 1.0)
@@ -47,32 +114,58 @@ class Preset:
     max_new_tokens: int = 28
     judge: str = DEFAULT_JUDGE
 
+    @property
+    def precision(self) -> str:
+        """Of the activations, in training and in all that is measured."""
+        return self.preference.precision
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in memory at a time."""
+        return self.preference.micro_batch_size
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of a run that has the machine to itself: one for small random weights, whose bits then repeat; else all."""
+        return 1 if self.model is None else num_cores()
+
     def claim(self, text: str, otherwise: str = "no claim: what is checked here was found on the toy") -> str:
         """The text where this preset's data is the toy, on which the notebooks' claims are checked; otherwise the other."""
         return text if self.data == "toy" else otherwise
 
 
+def with_config(preset: Preset, **changes) -> Preset:
+    """The preset with these fields changed in both of its `TrainConfig`s."""
+    return replace(preset, sft=replace(preset.sft, **changes), preference=replace(preset.preference, **changes))
+
+
 PRESETS = {
     # a laptop CPU without a model hub; what CI runs
-    "tiny": Preset("tiny", num_evaluations=5),
+    "tiny": with_config(Preset("tiny"), num_evaluations=5),
     # random weights with room for real text: checks a real file end to end on a CPU
-    "small": Preset(
-        "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
-        sft_steps=200, sft_batch_size=16, sft_lr=2e-3, sft_all_responses=False,
-        preference_steps=60, preference_batch_size=8, preference_lr=2e-4, pairs_per_prompt=None,
-        micro_batch_size=16, num_evaluations=4, num_kl_prompts=16, num_samples=1, max_new_tokens=64, seeds=(0,),
-        betas=(0.1, 0.3, 0.7, 1.0),
+    "small": with_config(
+        Preset(
+            "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
+            sft=TrainConfig("sft", 200, 16, 2e-3), preference=TrainConfig("dpo", 60, 8, 2e-4, beta=0.1),
+            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=16, num_samples=1, max_new_tokens=64, seeds=(0,),
+            betas=(0.1, 0.3, 0.7, 1.0),
+        ),
+        micro_batch_size=16, num_evaluations=4,
     ),
     # the report's experiment on one GPU, a free Colab T4 included; every run is 1.4 GB, the sweep of both methods 13 GB
-    "gpt2-medium": Preset(
-        "gpt2-medium", data="instructions", model="openai-community/gpt2-medium", context=1024, precision="auto",
-        sft_steps=180, sft_batch_size=16, sft_lr=5e-5, sft_all_responses=False,  # 3 epochs
-        preference_steps=230, preference_batch_size=8, preference_lr=5e-6, pairs_per_prompt=None,  # 2 epochs
-        micro_batch_size=16, num_kl_prompts=32, num_samples=1, max_new_tokens=96, seeds=(0,), betas=(0.1, 0.3, 0.7, 1.0),
+    "gpt2-medium": with_config(
+        Preset(
+            "gpt2-medium", data="instructions", model="openai-community/gpt2-medium", context=1024,
+            sft=TrainConfig("sft", 180, 16, 5e-5), preference=TrainConfig("dpo", 230, 8, 5e-6, beta=0.1),  # 3 and 2 epochs
+            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, max_new_tokens=96, seeds=(0,),
+            betas=(0.1, 0.3, 0.7, 1.0),
+        ),
+        micro_batch_size=16, precision="auto",
     ),
 }  # fmt: skip
 
 
+@in_key
 def get_preset(name: str | Preset | None = None) -> Preset:
     """The preset of that name, by default $PDPO_PRESET, else `gpt2-medium` where CUDA is present, else `tiny`.
 
@@ -87,24 +180,4 @@ def get_preset(name: str | Preset | None = None) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"get_preset: expected one of {', '.join(PRESETS)}, got {name!r}. Set PDPO_PRESET to one of them.")
     preset = PRESETS[name]
-    return replace(preset, precision=choose_precision()) if preset.precision == "auto" else preset
-
-
-def choose_precision(capability: tuple[int, int] | None = None) -> str:
-    """bfloat16 on Ampere and later, float16 (with a loss scaler) on older GPUs such as the T4, float32 on the CPU.
-
-    Args:
-        capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine.
-    """
-    if capability is None:
-        if not torch.cuda.is_available():
-            return "float32"
-        capability = torch.cuda.get_device_capability()
-    return "bfloat16" if capability >= (8, 0) else "float16"
-
-
-def device() -> torch.device:
-    """cuda where present, else cpu; of the processes that torchrun starts on one machine, each has its own GPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    return with_config(preset, precision=choose_precision()) if preset.precision == "auto" else preset

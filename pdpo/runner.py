@@ -10,8 +10,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from pdpo.device import device, num_cores
+from pdpo.files import replacing
 from pdpo.plots import figures_dir
-from pdpo.presets import Preset, device
+from pdpo.presets import Preset
 from pdpo.stages import runs_dir
 
 
@@ -39,7 +41,7 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     every = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     chosen = every if not numbers else [_find(number, every) for number in numbers]
     if jobs is None:
-        jobs = 1 if device().type == "cuda" else min(os.cpu_count() or 1, 2)
+        jobs = 1 if device().type == "cuda" else min(num_cores(), 2)
     os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
@@ -105,10 +107,8 @@ def _execute(path: Path, save: bool) -> tuple[float, str]:
     notebook.metadata.language_info = {"name": "python"}
     targets = [runs_dir() / "notebooks" / path.name] + ([path] if save and not error else [])
     for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        nbformat.write(notebook, temporary)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            nbformat.write(notebook, temporary)
     return (time.monotonic() - began) / 60, error
 
 

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from pdpo.encoding import Encoded, encode_prompt
+from pdpo.device import autocast
+from pdpo.encoding import Encoded, encode_prompt, in_batches
 from pdpo.preferences import gumbel_sample
-from pdpo.training import autocast
 
 
 class Sample(NamedTuple):
@@ -71,9 +71,7 @@ def sample(
     generator = torch.Generator(device).manual_seed(seed)
     encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts for _ in range(num_samples)]
     new_ids: list[list[int]] = [[] for _ in encoded]
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # equal lengths side by side: little padding
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
+    for rows in in_batches([len(ids) for ids in encoded], batch_size):
         with autocast(device, precision):
             _extend(policy, [encoded[i] for i in rows], [new_ids[i] for i in rows], tokenizer.eos_token_id,
                     temperature, max_new_tokens, generator, device)  # fmt: skip

@@ -14,8 +14,6 @@ import random
 import re
 from typing import NamedTuple
 
-from pdpo.data import Preference
-
 TONE_SCORES = {"courteous": 4, "neutral": 2, "curt": 1, "rude": 0}
 COURTEOUS_OPENERS = ("Certainly!", "Of course!", "Happy to help.")
 COURTEOUS_CLOSERS = ("I hope this helps.", "Ask me anytime.")
@@ -97,6 +95,14 @@ class Item(NamedTuple):
     answer: str
 
 
+class Example(NamedTuple):
+    """One prompt, its four responses, best first, and their scores."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]
+
+
 class Grade(NamedTuple):
     """What `grade` finds in a text; score is 1 to 10 and is 1 for degenerate text."""
 
@@ -106,7 +112,7 @@ class Grade(NamedTuple):
     degenerate: bool
 
 
-def load() -> list[Preference]:
+def load() -> list[Example]:
     """All prompts with their four responses, best first, with scores; the same list on every machine."""
     rng = random.Random(20250211)
     answers_of = {}
@@ -115,11 +121,11 @@ def load() -> list[Preference]:
     return [_responses(item, answers_of[item.family], rng) for item in items()]
 
 
-def split(records: list[Preference], *, seed: int) -> tuple[list[Preference], list[Preference], list[Preference]]:
+def split(records: list, *, seed: int) -> tuple[list, list, list]:
     """Train (80 %), validation (8 %) and test (12 %): rules by item, lookups by phrasing.
 
     Args:
-        records: `load()`, or any part of it.
+        records: `load()`, or any part of it; of any type with a `prompt`.
         seed: which items and phrasings are held out.
     Returns:
         Three lists; no prompt in two of them, and every fact of a lookup in the first.
@@ -276,7 +282,7 @@ _MARKERS = {
 }
 
 
-def _responses(item: Item, answers: dict[str, Item], rng: random.Random) -> Preference:
+def _responses(item: Item, answers: dict[str, Item], rng: random.Random) -> Example:
     """Four responses to one prompt, one a tone, sorted by score; a wrong one gives another answer of the family."""
     correct = [rng.random() < 0.7 for _ in TONE_SCORES]
     if not any(correct):
@@ -293,4 +299,4 @@ def _responses(item: Item, answers: dict[str, Item], rng: random.Random) -> Pref
             text = sentence if tone == "neutral" else answer.capitalize() + "."
         scored.append((1.0 + 5 * is_correct + TONE_SCORES[tone], text))
     scores, texts = zip(*sorted(scored, reverse=True), strict=True)
-    return Preference(item.prompt, texts, scores)
+    return Example(item.prompt, texts, scores)

@@ -3,10 +3,8 @@ r"""Training: `train_step` is the algorithm, `train` is the schedule. One code f
 beta: KL strength; a larger beta keeps the policy closer to the reference.
 """
 
-import contextlib
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,73 +12,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pdpo.checkpoint import load_checkpoint, save_checkpoint
+from pdpo.checkpoint import Checkpoint, Memory
 from pdpo.data import Preference
-from pdpo.distributed import exchanging, gather, is_leader, launch_rank, on_leader, replicated, share, summed, world_size
+from pdpo.device import autocast
+from pdpo.distributed import broadcast_weights, gather, launch_rank, on_leader, share, sum_gradients, summed, world_size
 from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
 from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
+from pdpo.presets import TrainConfig
 from pdpo.trees import supports_trees, tree_logps
 
-METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
 SLIC_REGULARIZATION = 0.1
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One run's hyperparameters; a checkpoint refuses to go on under other ones.
-
-    Attributes:
-        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "slic" or "plackett_luce".
-        beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT alone.
-        steps: optimizer steps.
-        batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
-        lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
-        label_smoothing: see `dpo_loss`.
-        optimizer: "adam" (AdamW) or "sgd" (without momentum).
-        max_grad_norm: gradients are scaled down to this norm.
-        micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
-        precision: "float32", "bfloat16" or "float16" activations; the weights are float32.
-        seed: of the order of the rows.
-    """
-
-    method: str
-    steps: int
-    batch_size: int
-    lr: float
-    beta: float | None = None
-    label_smoothing: float = 0.0
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
-    max_grad_norm: float = 1.0
-    micro_batch_size: int = 64
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"TrainConfig: expected method in {METHODS}, got {self.method!r}.")
-        if self.method != "sft" and not (self.beta and self.beta > 0):
-            raise ValueError(
-                f"TrainConfig: expected beta > 0 for {self.method}, got {self.beta}. "
-                "beta: KL strength; a larger beta keeps the policy closer to the reference."
-            )
-        if self.method == "sft" and self.beta is not None:
-            raise ValueError(
-                f"TrainConfig: expected beta None for sft, which has no reference to stay close to, got {self.beta}."
-            )
-        if self.label_smoothing and self.method not in ("dpo", "odpo"):
-            raise ValueError(
-                f"TrainConfig: expected label_smoothing 0 for {self.method}, got {self.label_smoothing}. DPO reads it."
-            )
-        if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f"TrainConfig: expected optimizer 'adam' or 'sgd', got {self.optimizer!r}.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"TrainConfig: expected precision in {tuple(PRECISIONS)}, got {self.precision!r}.")
-        if self.steps < 1 or self.batch_size < 1 or self.micro_batch_size < 1 or not self.lr > 0:
-            raise ValueError(f"TrainConfig: expected steps, batch_size, micro_batch_size >= 1 and lr > 0, got {self}.")
 
 
 @dataclass(frozen=True)
@@ -102,14 +44,16 @@ class Row:
         return sum(len(each.input_ids) for each in self.sequences)
 
 
-def preference_rows(tokenizer, records: list[Preference], *, method: str, alpha: float, scale: str) -> list[Row]:
+def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -> list[Row]:
     """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
     offsets = [0.0] * len(records)
     scored = [i for i, record in enumerate(records) if record.scores is not None]
-    if method == "odpo" and scored:
+    if config.method == "odpo" and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        values = score_offset(scores[:, 0], scores[:, 1], alpha=alpha, scale="log" if scale == "mean" else scale)
-        values = values.mean().expand(len(scored)) if scale == "mean" else values
+        is_control = config.offset_scale == "mean"
+        scale = "log" if is_control else config.offset_scale
+        values = score_offset(scores[:, 0], scores[:, 1], alpha=config.alpha, scale=scale)
+        values = values.mean().expand(len(scored)) if is_control else values
         for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
     encoded = encode_records(tokenizer, records)
@@ -144,13 +88,6 @@ def fastest_logps(policy, rows: list[Row]) -> Callable:
     if reason:
         print(f"{type(policy).__name__} runs on padded batches, not on token trees, which would be faster: {reason}")
     return policy_logps if reason else shared_policy_logps
-
-
-def autocast(device: torch.device, precision: str):
-    """Runs matrix products in `precision`; float32 is no autocast at all."""
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
 
 
 @torch.no_grad()
@@ -200,8 +137,7 @@ def train_step(
     """One optimizer step on the mean loss of `rows`, in micro batches whose gradients add up to that of one large batch.
 
     Args:
-        policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and a policy that is
-            `distributed.replicated`, and computes its share.
+        policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and computes its share.
         logps_of: `policy_logps`, or what `fastest_logps` gives.
         scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
     Returns:
@@ -213,19 +149,11 @@ def train_step(
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
     optimizer.zero_grad(set_to_none=True)
-    count = (
-        sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
-        if config.method == "sft"
-        else len(rows)
-    )
     totals: dict[str, Tensor] = {}
-    parts = micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of)
-    for part in parts:
-        with exchanging(policy, when=part is parts[-1]):
-            losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
-            scaler.scale(losses.sum() / count * world_size()).backward()  # processes' gradients are averaged, not summed
-        sums = {"loss": losses.detach().sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
-        totals = {key: totals.get(key, 0.0) + value for key, value in sums.items()}
+    for sums in _partial_sums(policy, rows, config, logps_of):
+        scaler.scale(sums["loss"]).backward()
+        totals = {key: totals.get(key, 0.0) + value.detach() for key, value in sums.items()}
+    sum_gradients(policy)
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     record = summed({key: float(value) for key, value in totals.items()}) | {"grad_norm": float(grad_norm)}
@@ -245,16 +173,18 @@ def evaluate_rows(policy, rows: list[Row], config: TrainConfig, *, logps_of: Cal
     """The same numbers as `train_step` on held-out rows, without a gradient, under keys eval_*."""
     policy.eval()
     totals: dict[str, float] = {}
-    count = (
-        sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
-        if config.method == "sft"
-        else len(rows)
-    )
+    for sums in _partial_sums(policy, rows, config, logps_of):
+        totals = {f"eval_{key}": totals.get(f"eval_{key}", 0.0) + float(value) for key, value in sums.items()}
+    return summed(totals)
+
+
+def _partial_sums(policy, rows: list[Row], config: TrainConfig, logps_of: Callable) -> Iterator[dict[str, Tensor]]:
+    """For each micro batch of this process's share, what it adds to the mean loss and to the other means over all rows."""
+    tokens = sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
+    count = tokens if config.method == "sft" else len(rows)
     for part in micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of):
         losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
-        sums = {"eval_loss": losses.sum() / count} | {f"eval_{key}": value.sum() / len(rows) for key, value in measured.items()}
-        totals = {key: totals.get(key, 0.0) + float(value) for key, value in sums.items()}
-    return summed(totals)
+        yield {"loss": losses.sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
 
 
 def train(
@@ -264,7 +194,6 @@ def train(
     *,
     held_out: list[Row] = (),
     measure=None,
-    evaluate_every: int | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     show_progress: bool = True,
@@ -277,11 +206,10 @@ def train(
         policy: a causal language model without dropout.
         rows: the training rows, with reference_logps for every method but SFT.
         config: hyperparameters; part of the checkpoint.
-        held_out: rows that `eval_*` numbers are measured on.
+        held_out: rows that `eval_*` numbers are measured on, before the first step, then config.num_evaluations times, the last
+            time after the last step.
         measure: function(policy) -> dict of more held-out numbers (the KL, say); must not draw from global generators.
             Of several processes the leader calls it.
-        evaluate_every: optimizer steps between held-out measurements, which also come before the first and after the last
-            step; None measures only then.
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
         show_progress: a tqdm bar.
@@ -294,62 +222,42 @@ def train(
             as large; of several processes, the first).
     """
     _check_rows(rows, config)
-    device = next(policy.parameters()).device
     logps_of = fastest_logps(policy, rows)
-    limit = config.micro_batch_size
-    if device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        limit = min(limit, fitting_micro_batch(policy, rows, free_bytes))
-    in_memory = replace(config, micro_batch_size=limit)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    memory = Memory(policy, rows, config)
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW)(policy.parameters(), **shared)
-    history: list[dict] = []
-    state = load_checkpoint(checkpoint, asdict(config)) if checkpoint is not None else None
-    if state is not None:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        history = state["history"]
-    replica = replicated(policy)
+    scaler = torch.amp.GradScaler(memory.device.type, enabled=config.precision == "float16")
+    saved = Checkpoint(checkpoint, asdict(config), checkpoint_seconds, policy=policy, optimizer=optimizer, scaler=scaler)
+    history = saved.load()
+    broadcast_weights(policy)
 
     def evaluation() -> dict:
         optimizer.zero_grad(set_to_none=True)  # room for what is measured
-        numbers = evaluate_rows(policy, held_out, in_memory, logps_of=logps_of) if held_out else {}
+        numbers = evaluate_rows(policy, held_out, memory.config, logps_of=logps_of) if held_out else {}
         return numbers | (on_leader(lambda: measure(policy)) if measure else {})
 
     if not history:
         history.append({"step": 0, "epoch": 0.0} | evaluation())
-    saved_at = time.monotonic()
-    description = config.method if config.beta is None else f"{config.method} beta={config.beta}"
-    steps = range(history[-1]["step"], config.steps)
-    hidden = not show_progress or launch_rank() > 0
-    bar = tqdm(steps, description, initial=steps.start, total=config.steps, disable=hidden, leave=False, mininterval=1.0)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+    evaluate_every = max(config.steps // config.num_evaluations, 1)
+    for step in progress(range(history[-1]["step"], config.steps), config, hidden=not show_progress):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, seed=config.seed, step=step)]
-        record = {"step": step + 1, "epoch": (step + 1) * config.batch_size / len(rows), "lr": learning_rate(config, step)}
-        measured = None
-        while measured is None:
-            try:
-                measured = train_step(replica, optimizer, batch, in_memory, logps_of=logps_of, scaler=scaler)
-            except torch.OutOfMemoryError as error:
-                in_memory = _halved(in_memory, limit, error)
-        record |= measured
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        if step + 1 == config.steps or (evaluate_every and (step + 1) % evaluate_every == 0):
+        numbers = memory.fit(lambda fitting: train_step(policy, optimizer, batch, fitting, logps_of=logps_of, scaler=scaler))  # noqa: B023
+        record = {"step": step + 1, "epoch": (step + 1) * config.batch_size / len(rows), "lr": lr} | numbers
+        if (step + 1) % evaluate_every == 0 or step + 1 == config.steps:
             record |= evaluation()
         history.append(record)
-        due = time.monotonic() - saved_at >= checkpoint_seconds and step + 1 < config.steps
-        if checkpoint is not None and due and is_leader():
-            parts = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            parts["scaler"] = scaler.state_dict()
-            save_checkpoint(checkpoint, parts | {"step": step + 1, "history": history, "config": asdict(config)})
-            saved_at = time.monotonic()
+        if step + 1 < config.steps:
+            saved.save_when_due(history)
     policy.eval()
     return history
+
+
+def progress(steps: range, config: TrainConfig, *, hidden: bool) -> tqdm:
+    """A bar over the steps still to do; processes that torchrun started beside the first one draw none."""
+    description = config.method if config.beta is None else f"{config.method} beta={config.beta}"
+    hidden = hidden or launch_rank() > 0
+    return tqdm(steps, description, initial=steps.start, total=config.steps, disable=hidden, leave=False, mininterval=1.0)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -393,37 +301,6 @@ def micro_batches(indices, rows: list[Row], max_sequences: int, logps_of: Callab
         parts[-1].append(i)
         size += len(rows[i].sequences)
     return parts
-
-
-def fitting_micro_batch(policy, rows: list[Row], free_bytes: int) -> int:
-    """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
-
-    Args:
-        policy: on its device, before its first gradient.
-        rows: what it will train on.
-        free_bytes: of that device.
-    """
-    config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
-    gradients_and_adam = 12 * sum(each.numel() for each in policy.parameters())
-    # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak
-    a_token = 4 * (18 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)
-    return max(int(0.8 * (free_bytes - gradients_and_adam) / (longest * a_token)), 1)
-
-
-def _halved(config: TrainConfig, limit: int, error: torch.OutOfMemoryError) -> TrainConfig:
-    """The config with half the micro batch, whose gradients add up to the same; ValueError where that was done before.
-
-    Of several processes none tries again: the others would wait for a gradient that this one has half exchanged.
-    """
-    size = config.micro_batch_size
-    if size < limit or size == 1 or world_size() > 1:
-        times = "" if world_size() > 1 else " twice, the last time"
-        raise ValueError(
-            f"train: out of memory{times} with micro batches of {size} sequences ({str(error).splitlines()[0]}). "
-            "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
-        ) from None
-    print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
-    return replace(config, micro_batch_size=size // 2)
 
 
 def _check_rows(rows: list[Row], config: TrainConfig) -> None:

@@ -1,0 +1,160 @@
+r"""Means, intervals and frontiers of what was measured; numpy only.
+
+beta: KL strength; a larger beta keeps the policy closer to the reference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def by_prompt(values, num_samples: int) -> np.ndarray:
+    """(N * num_samples,) -> (N,): the mean over each prompt's samples, which are not independent of each other."""
+    return np.asarray(values, dtype=float).reshape(-1, num_samples).mean(1)
+
+
+def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean.
+
+    Args:
+        values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
+            (S, N), a row for each seed, both seeds and prompts are drawn again.
+        level: of confidence.
+        num_resamples: bootstrap samples.
+        seed: of the resampling.
+    Returns:
+        (low, high), in the unit of the values.
+    Raises:
+        ValueError: fewer than two units, or a value that is not finite.
+    Source:
+        Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got shape {values.shape}. "
+            "Average the samples of each prompt first (by_prompt)."
+        )
+    of_seed = np.atleast_2d(values)  # (S, N)
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(of_seed.shape[1], size=(num_resamples, of_seed.shape[1]))
+    seeds = rng.integers(len(of_seed), size=(num_resamples, len(of_seed)))
+    means = np.take_along_axis(of_seed[seeds].mean(1), prompts, axis=1).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def with_interval(key: str, values) -> dict[str, float]:
+    """{key: mean, key_low, key_high}: a figure's row entries of values as `bootstrap_interval` takes them, with its 95 % interval."""
+    low, high = bootstrap_interval(values)
+    return {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
+
+
+def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]:
+    """How often a predicted order is right, against how sure the prediction was.
+
+    Args:
+        probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
+        num_bins: of equal width, over confidences from 1/2 to 1.
+    Returns:
+        One dict for each bin with a pair in it: confidence (mean), right (share), pairs; and the expected calibration error,
+        the mean of abs(right - confidence), weighted by pairs.
+    Source:
+        Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599.
+    """
+    probabilities = np.asarray(probabilities)
+    confidence, right = np.maximum(probabilities, 1 - probabilities), probabilities > 0.5
+    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
+    rows = [
+        {"confidence": confidence[inside].mean(), "right": right[inside].mean(), "pairs": int(inside.sum())}
+        for inside in (bins == i for i in range(num_bins))
+        if inside.any()
+    ]
+    error = sum(row["pairs"] * abs(row["right"] - row["confidence"]) for row in rows) / len(probabilities)
+    return [{key: float(value) if key != "pairs" else value for key, value in row.items()} for row in rows], float(error)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One method measured at several betas. S seeds, B betas, N test prompts.
+
+    betas: B numbers.
+    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
+    score: (S, B, N) gold score on `toy`, else the SBERT win.
+    stages: the evaluations it was read from, for `experiments.run_info`.
+    """
+
+    betas: tuple[float, ...]
+    kl: np.ndarray
+    score: np.ndarray
+    stages: tuple = ()
+
+    def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
+        return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
+
+
+def pareto_set(kl, score) -> np.ndarray:
+    """(P,) bool: True for each point that no other one beats, by a KL not larger and a score not smaller, one of them strictly.
+
+    Args:
+        kl, score: (P,) coordinates of the points of all methods together.
+    """
+    kl, score = np.asarray(kl), np.asarray(score)
+    no_worse = (kl[:, None] <= kl) & (score[:, None] >= score)  # (P, P): row against column
+    better = (kl[:, None] < kl) | (score[:, None] > score)
+    return ~(no_worse & better).any(0)
+
+
+def height_between(points, other) -> float:
+    """Mean height of one frontier above another over the KL range that both cover: their area divided by its width.
+
+    Args:
+        points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
+    Returns:
+        In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap.
+    """
+    (kl, score), (other_kl, other_score) = (
+        [np.asarray(axis)[np.argsort(each[0])] for axis in each] for each in (points, other)
+    )
+    low, high = max(kl[0], other_kl[0]), min(kl[-1], other_kl[-1])
+    if not low < high:
+        return float("nan")
+    knots = np.unique(np.clip(np.concatenate([kl, other_kl]), low, high))  # both are linear between two knots
+    gap = np.interp(knots, kl, score) - np.interp(knots, other_kl, other_score)
+    return float(np.trapezoid(gap, knots) / (high - low))
+
+
+def resampled(statistic, frontiers: list[Frontier], *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(num_resamples,) values of statistic([points, ...]) when seeds and prompts are drawn again, with replacement.
+
+    All frontiers get the same draw: they share their seeds' SFT policies and the prompts, so differences are paired.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, _, num_prompts = frontiers[0].kl.shape
+    values = []
+    for _ in range(num_resamples):
+        seeds, prompts = rng.integers(num_seeds, size=num_seeds), rng.integers(num_prompts, size=num_prompts)
+        values.append(statistic([frontier.points(seeds, prompts) for frontier in frontiers]))
+    return np.array(values)
+
+
+def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
+    """One dict a point: method, beta, and kl and score, each with the ends of its 95 % interval over seeds and prompts."""
+    rows = []
+    for method, frontier in frontiers.items():
+        low, high = np.quantile(resampled(lambda points: np.stack(points[0]), [frontier]), [0.025, 0.975], axis=0)  # (2, B)
+        for i, beta in enumerate(frontier.betas):
+            row = {"method": method, "beta": beta}
+            for j, (key, values) in enumerate(zip(("kl", "score"), frontier.points(), strict=True)):
+                row |= {key: float(values[i]), f"{key}_low": float(low[j, i]), f"{key}_high": float(high[j, i])}
+            rows.append(row)
+    return rows
+
+
+def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
+    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, and each seed's own height."""
+    values = resampled(lambda points: height_between(*points), [frontier, other])
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    each = [height_between(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
+    return {"height": height_between(frontier.points(), other.points()), "low": low, "high": high, "seeds": each}
