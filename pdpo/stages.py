@@ -6,6 +6,7 @@ it can reach. A lock lets two processes that need one stage do it once; a killed
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -185,7 +186,11 @@ def _in_worker(stage: Callable, setting: dict, *, variables: dict[str, str], num
     if parent is not None and not _watching:
         _watching.append(threading.Thread(target=_end_with, args=(parent,), daemon=True))
         _watching[0].start()
-    return stage(**setting)
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # many bars would overwrite each other
+        return stage(**setting)
 
 
 _watching: list[threading.Thread] = []
