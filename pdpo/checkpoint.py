@@ -58,9 +58,6 @@ def load_checkpoint(path: Path, config: dict) -> dict | None:
     Args:
         path: as given to `save_checkpoint`.
         config: of the run that wants to go on; compared with the saved one.
-    Raises:
-        ValueError: the configs differ (each differing field is named with its saved value and its value now), or the file
-            is not a checkpoint.
     """
     if not path.exists():
         return None

@@ -36,10 +36,8 @@ def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = No
         tokenizer: a fast tokenizer of transformers.
         prompt, response: texts; white space around them is dropped. Special tokens spelled out in a text stay text.
         max_length: tokens in all; None is the tokenizer's own limit. What is too much is cut from the left of the prompt.
-    Returns:
-        Encoded. A token across the junction counts as the response's; this template's newline prevents that for GPT-2's.
-    Raises:
-        ValueError: the response, its EOS and one prompt token do not fit into max_length.
+    Returns: Encoded. A token across the junction counts as the response's; this template's newline prevents that for GPT-2's.
+    Raises: ValueError: the response, its EOS and one prompt token do not fit into max_length.
     """
     return _cut(tokenizer, _tokenized(tokenizer, [(prompt, response)])[0], response, max_length)
 

@@ -139,8 +139,7 @@ class RewardModel:
 def start(preset: str | Preset | None = None) -> Preset:
     """Chooses the preset, says what it runs on and where results go, and sets the number of threads (`Preset.num_threads`).
 
-    Args:
-        preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
+    Args: preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
     """
     chosen = get_preset(preset)
     transformers.logging.set_verbosity_error()
@@ -262,8 +261,7 @@ def run_reward_model(sft: Run) -> RewardModel:
     It sees which response is better, never the data's scores. `run_preference` takes its scores for ODPO where the data
     has none.
 
-    Args:
-        sft: gives the features, and the seed by which pairs are drawn.
+    Args: sft: gives the features, and the seed by which pairs are drawn.
     """
     preset = sft.preset
     train_records, _, test = load_split(preset.data)
@@ -383,11 +381,9 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
     Args:
         sft: the policy to sample from, at temperature 1.
         num_samples: M, samples a prompt.
-    Returns:
-        One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
+    Returns: One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
         tie; and counts: samples, empty, tied (left out, as their prompt has another sample of that score), prompts_left_out.
-    Source:
-        Amini 2024, arXiv:2402.10571, Eq. 17.
+    Source: Amini 2024, arXiv:2402.10571, Eq. 17.
     """
     prompts = [record.prompt for record in load_split("toy")[0]]
     samples = sample(

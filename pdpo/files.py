@@ -130,11 +130,7 @@ def file_sha256(path: Path) -> str:
 
 
 def locate(name: str, url: str, sha256: str) -> Path:
-    """A file with the pinned digest: from $PDPO_DATA_DIR, else the cache, else downloaded into the cache.
-
-    Raises:
-        ValueError: the file is found with another digest, or cannot be had; the message says how to get it by hand.
-    """
+    """A file with the pinned digest: from $PDPO_DATA_DIR, else the cache, else downloaded into the cache."""
     folder = os.environ.get("PDPO_DATA_DIR")
     path = Path(folder) / name if folder else cache_dir() / name
     if not path.is_file():
@@ -154,8 +150,6 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
         target: where the file goes; its folder is made.
         sha256: expected digest, in hexadecimal.
         timeout: seconds without an answer after which the server counts as dead.
-    Raises:
-        ValueError: no answer, an HTTP error, another content than expected or a target that cannot be written.
     """
     by_hand = f"Download {url} in a browser and put {target.name} into a folder that PDPO_DATA_DIR names."
     before = socket.getdefaulttimeout()
@@ -178,11 +172,7 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
 
 
 def read_rows(path: Path, *, kind: type = list) -> list[tuple[str, object]]:
-    """(where, row) of each row of a .jsonl file, or of a .json file with a list; with kind=dict, (key, value) of its object.
-
-    Raises:
-        ValueError: no such file, no UTF-8, no JSON, another kind, no row; with the file and the line.
-    """
+    """(where, row) of each row of a .jsonl file, or of a .json file with a list; with kind=dict, (key, value) of its object."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -35,8 +35,7 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     Args:
         records: Preference rows.
         vocab_size: number of tokens at most, EOS included; at least 257.
-    Returns:
-        A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
+    Returns: A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
     """
     bpe = Tokenizer(models.BPE())
     # digits one by one, unlike GPT-2: a small model can then see that parity hangs on the last one
@@ -57,10 +56,7 @@ def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFas
     Args:
         preset: what to load for.
         records: the training split, for presets that train their own BPE; None is that of the preset's data.
-    Returns:
-        A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
-    Raises:
-        ValueError: no tokenizer files where the preset says, or a tokenizer without an EOS.
+    Returns: A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
     """
     preset = get_preset(preset)
     source = preset.tokenizer or preset.model
@@ -89,10 +85,8 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
             else GPT-2's architecture in the preset's sizes with random weights.
         tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`.
         seed: of random weights.
-    Returns:
-        A transformers model.
-    Raises:
-        ValueError: the weights cannot be had, with the three ways out.
+    Returns: A transformers model.
+    Raises: ValueError: the weights cannot be had, with the three ways out.
     """
     preset = get_preset(preset)
     if preset.model is not None:
@@ -189,8 +183,6 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     Args:
         preset: names the judge.
         cache_dir: where embeddings are kept; None keeps none.
-    Raises:
-        ValueError: it cannot be had, or the default judge's weights have another sha256 than the official ones.
     """
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 

@@ -33,10 +33,8 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
         numbers: their first characters, such as ["06", "07"]; None is all of them.
         jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
         save: True writes the outputs into notebooks/; False leaves those alone. Executed copies go to runs/ either way.
-    Returns:
-        Whether every cell of every notebook succeeded.
-    Raises:
-        ValueError: a number that no notebook, or more than one, starts with.
+    Returns: Whether every cell of every notebook succeeded.
+    Raises: ValueError: a number that no notebook, or more than one, starts with.
     """
     every = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     chosen = every if not numbers else [_find(number, every) for number in numbers]

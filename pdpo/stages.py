@@ -229,8 +229,6 @@ def num_runs_at_a_time() -> int:
 
     One under torchrun, too: that has started all that there should be.
 
-    Raises:
-        ValueError: PDPO_WORKERS is not a whole number of at least 1.
     """
     if launched():
         return 1

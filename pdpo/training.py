@@ -140,11 +140,8 @@ def train_step(
         policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and computes its share.
         logps_of: `policy_logps`, or what `fastest_logps` gives.
         scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
-    Returns:
-        loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
+    Returns: loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
         and for preferences the means of margin, accuracy, chosen_reward and rejected_reward.
-    Raises:
-        ValueError: the loss or the gradient is not finite; the policy is left as it was.
     """
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
@@ -213,13 +210,8 @@ def train(
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
         show_progress: a tqdm bar.
-    Returns:
-        History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the step
-        after which they were made; step 0 holds those from before the first.
-    Raises:
-        ValueError: rows without reference_logps, no rows, fewer rows a batch than processes, a checkpoint of another
-            config, a loss that is not finite, a second error for want of memory (after the first, micro batches are half
-            as large; of several processes, the first).
+    Returns: History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the
+        step after which they were made; step 0 holds those from before the first.
     """
     _check_rows(rows, config)
     logps_of = fastest_logps(policy, rows)
