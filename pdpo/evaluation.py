@@ -46,7 +46,7 @@ def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 6
     device = next(policy.parameters()).device
     results = torch.zeros(4, len(samples))
     for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
-        batch = collate([samples[i].encoded for i in rows], pad_id=policy.config.eos_token_id, device=device)
+        batch = collate([samples[i].encoded for i in rows], device=device)
         with autocast(device, precision):
             p, q = (
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits[:, :-1]

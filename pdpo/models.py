@@ -90,23 +90,41 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
     """
     preset = get_preset(preset)
     if preset.model is not None:
-        policy = _from_hub_or_folder(AutoModelForCausalLM, preset.model, use_safetensors=True, dtype=torch.float32)
+        policy = _whole(preset, tokenizer)
     else:
         tokenizer = tokenizer or load_tokenizer(preset)
+        sizes = {"n_embd": preset.embedding, "n_layer": preset.layers, "n_head": preset.heads, "n_positions": preset.context}
+        ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            policy = GPT2LMHeadModel(
-                GPT2Config(
-                    vocab_size=len(tokenizer),
-                    n_positions=preset.context,
-                    n_embd=preset.embedding,
-                    n_layer=preset.layers,
-                    n_head=preset.heads,
-                    bos_token_id=tokenizer.eos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )  # fmt: skip
-            )
+            policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
     return with_float32_head(with_fused_gelu(without_dropout(policy)))
+
+
+def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
+    """The preset's model; ValueError where tensors, positions or tokens are missing: a part of it would be random."""
+    wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    policy, info = _from_hub_or_folder(AutoModelForCausalLM, preset.model, **wanted)
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
+        if names:
+            raise ValueError(
+                f"{preset.model}: expected the weights of a whole {type(policy).__name__}, got {len(names)} {kind} tensors "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged or of another model: fetch it again."
+            )
+    positions = getattr(policy.config, "max_position_embeddings", None) or preset.context
+    if positions < preset.context:
+        raise ValueError(
+            f"{preset.model}: expected a model with at least {preset.context} positions, the preset's context, got {positions}. "
+            f"Use a preset with a shorter context: dataclasses.replace(preset, context={positions})."
+        )
+    num_embeddings = policy.get_input_embeddings().num_embeddings
+    if tokenizer is not None and num_embeddings < len(tokenizer):
+        raise ValueError(
+            f"{preset.model}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. "
+            "Model and tokenizer do not belong together."
+        )
+    return policy
 
 
 def without_dropout(policy: torch.nn.Module) -> torch.nn.Module:
@@ -239,22 +257,25 @@ def _from_hub_or_folder(loader, source: str, *, usable=lambda loaded: True, **ar
     What comes from the cache must be usable(it): of a model's config alone, transformers makes an empty tokenizer.
     """
     arguments = {"trust_remote_code": False, **arguments}
-    failures = (OSError, ValueError, SafetensorError)  # transformers has no error type of its own
-    if not Path(source).is_dir():
+    is_folder = Path(source).is_dir()
+    if not is_folder:
         try:
             loaded = loader.from_pretrained(source, local_files_only=True, **arguments)
-        except failures:
+        except (OSError, ValueError, SafetensorError):
             loaded = None
         if loaded is not None and usable(loaded):
             return loaded
         _require_hub(source)
     try:
         return loader.from_pretrained(source, **arguments)
-    except failures as error:
-        # transformers tells a download that broke off as a file that is missing; what really happened is the cause
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers has no error type of its own: damaged files end in any
+        # it tells a download that broke off as a file that is missing; what really happened is the cause
         reasons = (str(each).strip().splitlines() for each in (error, error.__cause__ or error.__context__) if each)
-        reason = "; ".join(lines[0] for lines in reasons if lines)
-        raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
+        reason = "; ".join(lines[0] for lines in reasons if lines) or type(error).__name__
+        way_out = "A file in this folder is missing or damaged: copy it again." if is_folder else THREE_WAYS_OUT
+        raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {way_out}") from None
 
 
 def model_revision(name: str | None) -> str | None:

@@ -63,7 +63,7 @@ def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -
 def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
     """(B, K) nats: the log-probability of every response of every row. The plain path: pad, run, gather, sum."""
     device = next(policy.parameters()).device
-    batch = collate([each for row in rows for each in row.sequences], pad_id=policy.config.eos_token_id, device=device)
+    batch = collate([each for row in rows for each in row.sequences], device=device)
     with autocast(device, precision):
         logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
     return sequence_logps(logits, batch.input_ids, batch.response_mask).view(len(rows), -1)  # (B, K)
