@@ -167,7 +167,10 @@ def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Prefere
 
     Records whose responses are all one text are left out (`data_report` counts them in what `load_preferences` gives).
     """
-    records = [record for record in load_preferences(path_or_name) if not identical(record)]
+    loaded = load_preferences(path_or_name)
+    records = [record for record in loaded if not identical(record)]
+    if not records:
+        raise ValueError(f"{path_or_name}: expected rows with different responses, got {len(loaded)} rows of equal ones.")
     if str(path_or_name) == "toy":
         return toy.split(records, seed=0)
     return split(records, seed=0)

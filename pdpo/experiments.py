@@ -22,8 +22,8 @@ from pdpo.device import device, num_cores
 from pdpo.distributed import is_leader, launch_size, on_leader, world_size
 from pdpo.encoding import encode_records
 from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grades, win_values
-from pdpo.files import read_json, shown, write_json
-from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
+from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
+from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, TrainConfig, get_preset
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.sampling import sample
@@ -81,8 +81,8 @@ def run_sft(preset: Preset | str, *, seed: int = 0) -> Run:
     determinants = {
         "train": asdict(config),
         "preset": {key: getattr(preset, key) for key in ("vocab_size", "embedding", "layers", "heads", "context")},
-        "model": _files(preset.model),
-        "tokenizer": _files(preset.tokenizer),
+        "model": source_digest(preset.model),
+        "tokenizer": source_digest(preset.tokenizer),
         "all_responses": preset.sft_all_responses,
         "data": fingerprint(train_records + validation),
     }
@@ -220,7 +220,7 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
         "seed": run.seed,
         "num_samples": num_samples,
         "max_new_tokens": preset.max_new_tokens,
-        "judge": preset.judge,
+        "judge": judge_digest(preset.judge),
         "data": fingerprint(test),
     }
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
@@ -305,11 +305,13 @@ def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
     content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
-    if not on_leader(path.exists):
+    kept = on_leader(lambda: read_sealed(path))
+    if kept is None:
         preset = sft.preset
         done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
-        on_leader(lambda: write_json(path, [row.reference_logps for row in done]))
-    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, read_json(path), strict=True)]
+        kept = json.dumps([row.reference_logps for row in done]).encode()
+        on_leader(lambda: write_sealed(path, kept))
+    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, json.loads(kept), strict=True)]
 
 
 def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:
@@ -324,13 +326,3 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     write_json(folder / "history.json", history)
     for left in folder.glob("*checkpoint.pt*"):  # also one that a killed process was writing
         left.unlink()
-
-
-def _files(source: str | None):
-    """A model folder as its files' names, sizes and times; a hub name as itself."""
-    if source is None or not Path(source).is_dir():
-        return source
-    stats = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(source).iterdir()) if path.is_file()
-    ]
-    return [str(Path(source).resolve()), *stats]

@@ -107,10 +107,10 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
             f"score_offset: expected finite alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors."
         )
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
-    bad = (~(chosen.isfinite() & rejected.isfinite())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"score_offset: rows {bad} have scores that are not finite. Drop or mend these pairs.")
     difference = chosen - rejected  # (B,)
+    bad = (~difference.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"score_offset: rows {bad} have scores that are not finite, or too large. Drop or mend these pairs.")
     if scale == "identity":
         return alpha * difference
     if scale == "log":

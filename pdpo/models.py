@@ -1,6 +1,9 @@
 """Policies, tokenizers and the judge: the only module that loads through transformers and sentence-transformers."""
 
+import hashlib
 import importlib.util
+import io
+import json
 import os
 import socket
 import urllib.parse
@@ -16,7 +19,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 
 from pdpo.data import load_split
 from pdpo.encoding import TEMPLATE
-from pdpo.files import file_sha256, replacing
+from pdpo.files import file_sha256, read_sealed, source_digest, write_sealed
 from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
 
 EOS = "<|endoftext|>"
@@ -170,14 +173,15 @@ class Judge:
 
     Args:
         model: a SentenceTransformer.
-        cache_file: .npz in which embeddings outlive the process; None keeps them in memory only.
+        cache_file: in which embeddings outlive the process; None keeps them in memory only.
     """
 
     def __init__(self, model, cache_file: Path | None = None):
         self.model, self.cache_file, self.known = model, cache_file, {}
-        if cache_file is not None and cache_file.is_file():
-            with np.load(cache_file) as stored:
-                self.known = dict(zip(stored["texts"].tolist(), stored["embeddings"], strict=True))
+        kept = cache_file and read_sealed(cache_file)
+        if kept:
+            texts, _, vectors = kept.partition(b"\n")
+            self.known = dict(zip(json.loads(texts), np.load(io.BytesIO(vectors)), strict=True))
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         """(N, D) float32 unit vectors, one a text, so that a dot product is the cosine."""
@@ -185,14 +189,18 @@ class Judge:
         if new:
             vectors = self.model.encode(new, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
             self.known.update(zip(new, np.asarray(vectors, dtype=np.float32), strict=True))
-            self._save()
+            if self.cache_file is not None:
+                array = io.BytesIO()
+                np.save(array, np.stack(list(self.known.values())))
+                write_sealed(self.cache_file, json.dumps(list(self.known)).encode() + b"\n" + array.getvalue())
         return torch.from_numpy(np.stack([self.known[text] for text in texts]))
 
-    def _save(self) -> None:
-        if self.cache_file is None:
-            return
-        with replacing(self.cache_file) as temporary, open(temporary, "wb") as file:
-            np.savez(file, texts=np.array(list(self.known)), embeddings=np.stack(list(self.known.values())))
+
+def judge_digest(name: str) -> str:
+    """What a judge is known by: its weights' sha256 (the default one), its files' (a folder), or its name and revision."""
+    if name == DEFAULT_JUDGE:
+        return JUDGE_SHA256
+    return source_digest(name) if Path(name).is_dir() else f"{name} {model_revision(name)}"
 
 
 def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
@@ -215,7 +223,7 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
                 "Remove that copy and load again."
             )
     if cache_dir is not None:
-        cache_file = Path(cache_dir) / f"{preset.judge.strip('/').replace('/', '--')}.npz"
+        cache_file = Path(cache_dir) / hashlib.sha256(judge_digest(preset.judge).encode()).hexdigest()[:16]
     return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
 
 

@@ -5,6 +5,7 @@ it can reach. A lock lets two processes that need one stage do it once; a killed
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from pdpo.device import device, num_cores
 from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
-from pdpo.files import checkout_folder, flush, shown, write_json
+from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
 from pdpo.reach import code_version
 
 
@@ -48,15 +49,15 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
     """
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
     config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(build), "libraries": libraries}))
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+    key = _digest(config)[:10]
     path = runs_dir() / group / f"{name}-{key}"
-    if on_leader(path.is_dir):
+    if on_leader(lambda: _is_kept(path)):
         return path, config
     if _only_looking:
         raise Missing(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, name):
-        if not on_leader(path.is_dir):  # else it was finished while we waited
+        if not on_leader(lambda: _is_kept(path)):  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             on_leader(lambda: partial.mkdir(exist_ok=True))
             if not all(seen := gather(partial.is_dir())):
@@ -68,12 +69,53 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
             facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}
 
             def finish() -> None:
-                write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
+                record = {"config": config, "environment": environment(began) | facts, "files": file_digests(partial)}
+                write_json(partial / "stage.json", record | {"digest": _digest(record)})
                 flush(partial)
                 os.replace(partial, path)
 
             on_leader(finish)
     return path, config
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether the stage is there, as it was written; one that is damaged is set aside."""
+    if not os.path.lexists(path):
+        return False
+    reason = damage(path)
+    if reason:
+        set_aside(path, reason)
+    return not reason
+
+
+def damage(path: Path, *, large: bool = False) -> str:
+    """What is wrong with a finished stage's files, or "". Those of more than 64 MB are only read where `large`."""
+    try:
+        record = read_json(path / "stage.json")
+        if record.pop("digest") != _digest(record):
+            return "stage.json is not what was written"
+        for name, digest in record["files"].items():
+            is_large = (path / name).stat().st_size > 2**26
+            if is_large == large and file_sha256(path / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"damaged ({type(error).__name__}: {error})"
+    return ""
+
+
+@functools.cache
+def check_large_files(path: Path) -> None:
+    """ValueError where a stage's weights are damaged; read once a process, when they are first needed."""
+    reason = damage(path, large=True)
+    if reason:
+        set_aside(path, reason)
+        raise ValueError(
+            f"{shown(path)}: this stage was damaged and has been set aside. Run the same again: it is then made anew."
+        )
+
+
+def _digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
