@@ -1,4 +1,4 @@
-"""The command line: `run` executes the notebooks, `train` trains on a preference file, `sweep` for every beta, `export-trl` hands over."""
+"""run executes the notebooks; train trains on a preference file, sweep for every beta; export-trl hands over to TRL; runs lists what is kept."""
 
 import argparse
 import contextlib
@@ -56,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
     export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     export.add_argument("--seed", type=int, default=0)
+    runs = commands.add_parser("runs", help="what is kept in runs/, and whether it is current")
+    runs.add_argument("--prune", action="store_true", help="remove what is not current, after a question")
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
-    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}[options.command]
+    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl, "runs": _runs}[options.command]
     with contextlib.suppress(ValueError):  # not in the main thread, as in some tests
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -100,6 +102,13 @@ def _run(options: argparse.Namespace) -> int:
 
     preset = experiments.start(options.preset)
     return 0 if run_notebooks(preset, options.notebooks, jobs=options.jobs, save=options.save) else 1
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from pdpo.kept import print_kept
+
+    print_kept(options.prune)
+    return 0
 
 
 def _preset(options: argparse.Namespace) -> Preset:

@@ -139,13 +139,22 @@ def _names(node: ast.stmt) -> list[str]:
 
 def code_version(function: Callable) -> str:
     """A hash of the code that a function of this package can reach."""
-    return _version(function.__module__.removeprefix("pdpo."), function.__qualname__)
+    return code_version_of(name_of(function))
+
+
+def name_of(function: Callable) -> str:
+    """By which `code_version_of` finds it: module and qualified name."""
+    return f"{function.__module__.removeprefix('pdpo.')}:{function.__qualname__}"
 
 
 @functools.cache
-def _version(module: str, qualified_name: str) -> str:
-    package = _package()
-    return version(package.reached(package.definition(module, qualified_name)))
+def code_version_of(name: str) -> str:
+    """`code_version` of the function with that `name_of`; "" where there is none today."""
+    package, (module, _, qualified_name) = _package(), name.partition(":")
+    try:
+        return version(package.reached(package.definition(module, qualified_name)))
+    except (KeyError, StopIteration):
+        return ""
 
 
 @functools.cache

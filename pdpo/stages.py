@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pdpo.device import device, num_cores
 from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
 from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
-from pdpo.reach import code_version
+from pdpo.reach import code_version, name_of
 
 
 class Missing(Exception):
@@ -47,8 +47,8 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
     What build returns, if anything, goes on record beside the environment. Of a `distributed.process_group`, whose processes
     must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build.
     """
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-    config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(build), "libraries": libraries}))
+    made_by = {"code": code_version(build), "libraries": library_versions()}
+    config = json.loads(json.dumps({"stage": name, **determinants, **made_by}))
     key = _digest(config)[:10]
     path = runs_dir() / group / f"{name}-{key}"
     if on_leader(lambda: _is_kept(path)):
@@ -69,13 +69,23 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
             facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}
 
             def finish() -> None:
-                record = {"config": config, "environment": environment(began) | facts, "files": file_digests(partial)}
+                record = {
+                    "config": config,
+                    "built_by": name_of(build),
+                    "environment": environment(began) | facts,
+                    "files": file_digests(partial),
+                }
                 write_json(partial / "stage.json", record | {"digest": _digest(record)})
                 flush(partial)
                 os.replace(partial, path)
 
             on_leader(finish)
     return path, config
+
+
+def library_versions() -> dict[str, str]:
+    """Of those that the numbers pass through."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
 
 
 def _is_kept(path: Path) -> bool:
