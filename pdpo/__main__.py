@@ -1,4 +1,4 @@
-"""run executes the notebooks; train trains on a preference file, sweep for every beta; export-trl hands over to TRL; runs lists what is kept."""
+"""run executes the notebooks; train and sweep train on a preference file; export-trl hands over to TRL; runs lists what is kept."""
 
 import argparse
 import contextlib
