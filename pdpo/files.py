@@ -116,6 +116,7 @@ def read_json(path: Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 SEAL = b"\nsha256 "
 
 
@@ -218,7 +219,10 @@ def source_digest(source: str | None) -> str | None:
     """What a model, tokenizer or judge is known by: of a folder the digests of its files, read once a process; else its name."""
     if source is None or not Path(source).is_dir():
         return source
-    return hashlib.sha256(json.dumps(file_digests(Path(source))).encode()).hexdigest()
+    files = [path for pattern in ("*", "*/*") for path in sorted(Path(source).glob(pattern)) if path.suffix in MODEL_SUFFIXES]
+    if not files:
+        raise ValueError(f"{source}: expected a folder with a model's or tokenizer's files, got none of them. Check the path.")
+    return hashlib.sha256(json.dumps([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
 
 
 def locate(name: str, url: str, sha256: str) -> Path:
