@@ -33,7 +33,8 @@ def encode_prompt(tokenizer, prompt: str, *, max_length: int | None = None) -> l
     """Token ids of the templated prompt; where there are more than max_length, the leftmost, BOS aside, are dropped."""
     ids = tokenizer(TEMPLATE.format(prompt=prompt.strip()), add_special_tokens=False, split_special_tokens=True).input_ids
     first = first_ids(tokenizer)
-    return first + ids if max_length is None else first[:max_length] + ids[len(ids) - max(max_length - len(first), 0) :]
+    surplus = 0 if max_length is None else max(len(first) + len(ids) - max_length, 0)
+    return first[:max_length] + ids[surplus:]
 
 
 def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = None) -> Encoded:
