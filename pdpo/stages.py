@@ -31,6 +31,8 @@ from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
 from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
 from pdpo.reach import code_version, name_of
 
+LARGE = 2**26  # bytes: files above are checked when they are first needed
+
 
 class Missing(Exception):
     """A stage is not kept, and the caller only wanted to look."""
@@ -99,13 +101,13 @@ def _is_kept(path: Path) -> bool:
 
 
 def damage(path: Path, *, large: bool = False) -> str:
-    """What is wrong with a finished stage's files, or "". Those of more than 64 MB are only read where `large`."""
+    """What is wrong with a finished stage's files, or "". Either the `LARGE` ones are read, or the others."""
     try:
         record = read_json(path / "stage.json")
         if record.pop("digest") != _digest(record):
             return "stage.json is not what was written"
         for name, digest in record["files"].items():
-            is_large = (path / name).stat().st_size > 2**26
+            is_large = (path / name).stat().st_size > LARGE
             if is_large == large and file_sha256(path / name) != digest:
                 return f"{name} is not what was written"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
