@@ -185,10 +185,12 @@ def _in_worker(stage: Callable, setting: dict, *, variables: dict[str, str], num
     if parent is not None and not _watching:
         _watching.append(threading.Thread(target=_end_with, args=(parent,), daemon=True))
         _watching[0].start()
-    return stage(**setting)
+    with _one_at_a_time:  # a Dask worker may have several threads, which would share torch's generator
+        return stage(**setting)
 
 
 _watching: list[threading.Thread] = []
+_one_at_a_time = threading.Lock()
 
 
 def _end_with(parent: int) -> None:
