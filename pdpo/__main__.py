@@ -211,19 +211,22 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
 def _cluster(address: str | None):
-    """A context in which `run_all` sends its runs to the Dask scheduler at this address; without one, nothing changes."""
+    """Within it `run_all` sends its runs to the Dask scheduler at this address; without one, nothing changes."""
     if address is None:
-        return contextlib.nullcontext()
+        yield
+        return
     try:
         from dask.distributed import Client
 
-        Client(address, timeout="10s")  # becomes the one that joblib asks
+        client = Client(address, timeout="10s")
     except ImportError:
         raise ValueError('sweep: --scheduler needs Dask. Install it: pip install "distributed".') from None
     except (OSError, ValueError) as error:
         raise ValueError(f"sweep: no Dask scheduler answers at {address!r} ({error}). Is it running?") from None
-    return joblib.parallel_config(backend="dask")
+    with client, joblib.parallel_config(backend="dask"):
+        yield
 
 
 def _measurements(evaluation: experiments.Evaluation) -> dict:

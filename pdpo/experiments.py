@@ -25,6 +25,7 @@ from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grade
 from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
 from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, TrainConfig, get_preset
+from pdpo.reach import code_version
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.sampling import sample
 from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
@@ -143,6 +144,7 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
         "train": asdict(config),
         "reward_model": reward_model and reward_model.path.name,
         "sft": sft.path.name,
+        "precision": preset.precision,
         "data": fingerprint(records + held_out_records),
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
@@ -173,7 +175,7 @@ def run_reward_model(sft: Run) -> RewardModel:
         probabilities = (held_out_features @ weights).diff(dim=1).neg().sigmoid().squeeze(1)  # of the true order
         write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
 
-    determinants = {"sft": sft.path.name, "data": fingerprint(drawn + held_out)}
+    determinants = {"sft": sft.path.name, "precision": preset.precision, "data": fingerprint(drawn + held_out)}
     path, _ = run_stage(preset.name, f"reward_model-seed{sft.seed}", determinants, build)
     stored = read_json(path / "reward_model.json")
     return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
@@ -221,6 +223,8 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
         "num_samples": num_samples,
         "max_new_tokens": preset.max_new_tokens,
         "judge": judge_digest(preset.judge),
+        "precision": preset.precision,
+        "graded": preset.data == "toy",
         "data": fingerprint(test),
     }
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
@@ -302,7 +306,7 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
 
 def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
     """`with_reference_logps`, kept in a file beside the SFT stage: runs of all methods and betas share it."""
-    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows]]
+    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows], code_version(with_reference_logps)]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
     kept = on_leader(lambda: read_sealed(path))

@@ -106,7 +106,7 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
 
 def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     """The preset's model; ValueError where tensors, positions or tokens are missing: a part of it would be random."""
-    wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     policy, info = _from_hub_or_folder(AutoModelForCausalLM, preset.model, **wanted)
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])

@@ -240,14 +240,16 @@ def _in_worker(stage: Callable, setting: dict, *, variables: dict[str, str], num
     if parent is not None and not _watching:
         _watching.append(threading.Thread(target=_end_with, args=(parent,), daemon=True))
         _watching[0].start()
-    with (
+    silent = (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
-    ):  # many bars would overwrite each other
+    )  # bars would overwrite each other
+    with _one_at_a_time, silent[0], silent[1]:  # a Dask worker may have several threads, which would share torch's generator
         return stage(**setting)
 
 
 _watching: list[threading.Thread] = []
+_one_at_a_time = threading.Lock()
 
 
 def _end_with(parent: int) -> None:
