@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import joblib
-import psutil
 
 from pdpo import data, experiments
-from pdpo.device import device
+from pdpo.device import device, end_children
 from pdpo.distributed import is_leader, launch_rank, launched, process_group
 from pdpo.files import check_new_folder, check_writable, disk_trouble, replacing, write_csv
 from pdpo.presets import METHODS, PRESETS, Preset, get_preset
@@ -79,9 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     finally:
-        for child in psutil.Process().children(recursive=True):  # kernels and workers that an error left at work
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+        end_children()
 
 
 def _training() -> argparse.ArgumentParser:

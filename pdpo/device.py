@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import psutil
 import torch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,3 +38,10 @@ def autocast(device: torch.device, precision: str):
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_children() -> None:
+    """Kills all processes that this one has started, and theirs: kernels and workers that would outlive it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()

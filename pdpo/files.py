@@ -19,6 +19,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 import torch
+from safetensors import SafetensorError
 
 _ODPO_DATA = "https://raw.githubusercontent.com/rycolab/odpo/6152f67c8cddc223ca5affc7e261d967568068ee/data/"
 SOURCES = {  # name -> (file name, public address, sha256)
@@ -90,9 +91,11 @@ def disk_trouble(error: Exception) -> str:
     A full disk reaches us in many coats: torch says "unexpected pos", safetensors and shutil have errors of their own.
     """
     text, number = str(error), getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search("No space left|unexpected pos|file write failed", text):
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+        "No space left|File too large|unexpected pos|file write failed", text
+    ):
         return f"the disk is full, or a file too large for it ({text}). Free some, or point PDPO_RUNS_DIR or --out elsewhere."
-    if isinstance(error, OSError | shutil.Error):
+    if isinstance(error, OSError | shutil.Error | SafetensorError):
         return f"{text}. Expected a place to write to: choose another with PDPO_RUNS_DIR or --out."
     return ""
 

@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from pdpo.device import device, num_cores
+from pdpo.device import device, end_children, num_cores
 from pdpo.files import replacing
 from pdpo.plots import figures_dir
 from pdpo.presets import Preset
@@ -44,7 +44,12 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda path: _execute(path, save), reversed(chosen)))[::-1]  # the last ones take longest
+        try:
+            results = list(pool.map(lambda path: _execute(path, save), reversed(chosen)))[::-1]  # the last ones take longest
+        except BaseException:  # stopped: else the pool would wait for what its kernels are at
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
     print(f"\n{'notebook':34} minutes  result")
     for path, (minutes, error) in zip(chosen, results, strict=True):
         print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")
