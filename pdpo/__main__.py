@@ -67,9 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(io.StringIO()) if launch_rank() > 0 else contextlib.nullcontext():
             return command(options)
     except KeyboardInterrupt:
+        end_children()
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
+        end_children()
         text = str(error) if isinstance(error, ValueError) else disk_trouble(error)
         if options.debug or not text:
             raise
@@ -77,8 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(5)  # where process 0 says the same, torchrun meanwhile ends this one
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    finally:
-        end_children()
 
 
 def _training() -> argparse.ArgumentParser:
