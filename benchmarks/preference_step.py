@@ -136,14 +136,14 @@ def work(job: str, threads: int, **task) -> dict:
     return (time_trl if kind == "trl" else time_pdpo)(setting, clock, task["folder"], task["steps"], task["pairs"])
 
 
-def prepare(folder: str, shape: str) -> dict:
-    """Random weights in GPT-2's architecture, with GPT-2's vocabulary, in a local folder."""
+def prepare(folder: str, shape: str, **more) -> dict:
+    """Random weights in GPT-2's architecture, with GPT-2's vocabulary or what more of its config says, in a local folder."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers, heads = SHAPES[shape]
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads, **more)).save_pretrained(folder)
     return {}
 
 
