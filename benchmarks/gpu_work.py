@@ -53,7 +53,7 @@ from pdpo.trees import build_tree
 PRESET = "gpt2-medium"
 PATHS = {"plain": policy_logps, "fast": shared_policy_logps}
 TEMPLATES = {"pdpo": encoding.TEMPLATE, "alpaca": ALPACA}
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("bfloat16", "float16", "float32")  # what is wanted most comes first
 # (prompt, what the responses share, chosen, rejected) in GPT-2's tokens: every 55th of the 1,100 rows of `instructions`, by length
 LENGTHS = [
     (12, 0, 1, 2), (7, 5, 7, 8), (7, 4, 8, 11), (15, 4, 6, 7), (13, 0, 7, 13), (18, 1, 10, 6), (10, 0, 14, 12), (18, 0, 12, 8),
@@ -166,17 +166,11 @@ def timed_steps(policy, batches: list[list[Row]], config: TrainConfig, path: str
 # ---- what is made up where it is not given
 
 
-def made_up_words(num: int) -> PreTrainedTokenizerFast:
-    """A vocabulary of num tokens, of which w17 is one."""
-    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, num - 1)} | {"<|endoftext|>": num - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+def made_up(num_words: int) -> tuple[PreTrainedTokenizerFast, list[dict]]:
+    """A vocabulary of num_words tokens, of which w17 is one, and 1,100 rows of them in the lengths of `instructions`."""
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, num_words - 1)} | {"<|endoftext|>": num_words - 1}
+    tokenizer, draw = Tokenizer(models.WordLevel(words, unk_token="<unk>")), random.Random(0)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-
-
-def made_up_rows(num_words: int) -> list[dict]:
-    """1,100 rows of such words, in the lengths of `instructions`."""
-    draw = random.Random(0)
 
     def text(num: int) -> str:
         return " ".join(f"w{draw.randrange(1, num_words - 1)}" for _ in range(num))
@@ -186,7 +180,7 @@ def made_up_rows(num_words: int) -> list[dict]:
         begins = text(shared)
         chosen, rejected = (f"{begins} {text(length - shared)}" for length in responses)
         rows.append({"prompt": text(prompt), "chosen": chosen, "rejected": rejected})
-    return rows
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"), rows
 
 
 class HashOfWords:
