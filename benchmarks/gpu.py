@@ -33,9 +33,8 @@ from gpu_work import PRESET, PRESETS, Work, brief, on_cuda
 # A T4 by its data sheet: half and float32 FLOP/s, bytes/s. The calculation takes half of the first two, three quarters of the last.
 T4 = {"float16": 0.5 * 65e12, "float32": 0.5 * 8.1e12, "bytes": 0.75 * 320e9}
 T4_HOST = 2.0  # its host, Colab's, is taken to be this much slower than the one here
-BYTES_A_WEIGHT = (
-    66  # of memory traffic a step: AdamW 28, norm and clipping 12, casts to half and back 12, products 6, unscaling 8
-)
+# memory traffic of a step: AdamW 28, norm and clipping 12, casts to half and back 12, products 6, unscaling 8
+BYTES_A_WEIGHT = 66
 
 
 class Part(NamedTuple):

@@ -1,6 +1,8 @@
 """benchmarks/gpu.py: every part runs on a CPU at a tiny size, and a part that breaks costs its own rows alone."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +26,8 @@ def one(then):
     return part
 
 def stuck():
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open(sys.argv[1] + "/child", "w").write(str(child.pid))
     time.sleep(600)
 
 def fine(work):
@@ -32,7 +35,7 @@ def fine(work):
     yield {{"row": 1}}
     yield gpu_work.attempt({{"row": 2}}, lambda: 1 / 0)
 
-gpu.DRY_SECONDS = 3
+gpu.DRY_SECONDS = 8
 gpu.PARTS = {{
     "raises": gpu.Part(one(lambda: [][1]), 0), "hangs": gpu.Part(one(stuck), 0),
     "killed": gpu.Part(one(lambda: os.kill(os.getpid(), signal.SIGKILL)), 0), "fine": gpu.Part(fine, 0),
@@ -47,12 +50,14 @@ def test_a_part_that_raises_hangs_or_is_killed_costs_its_own_rows(tmp_path, pyth
     assert process.returncode == 1, err
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {
-        "raises": "IndexError: list index out of range", "hangs": "stopped at its limit of 3 s",
+        "raises": "IndexError: list index out of range", "hangs": "stopped at its limit of 8 s",
         "killed": "killed by SIGKILL", "fine": "done",
     }  # fmt: skip
     assert all(parts[name]["rows"] == [{"row": 1}] for name in ("raises", "hangs", "killed"))
     assert parts["fine"]["rows"] == [{"row": 1}, {"row": 2, "failed": "ZeroDivisionError: division by zero"}]
     assert "IndexError" in parts["raises"]["log"]
+    child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not child.exists() or " Z " in child.read_text()  # what a part has started ends with it
     page = (tmp_path / "gpu.md").read_text()
     assert "hangs: stopped at its limit" in page and "not calculated" in page and page in out
 
@@ -60,9 +65,6 @@ def test_a_part_that_raises_hangs_or_is_killed_costs_its_own_rows(tmp_path, pyth
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     """(exit status, report, page) of the whole command."""
-    import os
-    import subprocess
-
     out = tmp_path_factory.mktemp("gpu")
     environment = {key: value for key, value in os.environ.items() if key != "PDPO_DATA_DIR"}
     command = [sys.executable, f"{BENCHMARKS}/gpu.py", "--dry-run", "--out", str(out)]
