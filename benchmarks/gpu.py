@@ -249,7 +249,7 @@ def markdown(report: dict) -> str:
             if name == "preference":
                 facts = {row["what"]: row["value"] for row in parts.get("setup", {"rows": []})["rows"]}
                 rows = steps_table(rows, parts.get("trl", {"rows": []})["rows"], facts)
-            elif name == "trl" and any("path" in row for row in rows):
+            elif name == "trl" and "preference" in parts and any("path" in row for row in rows):
                 continue  # in the table of `preference`
             lines += ["", f"### {PARTS[name].run.__doc__.strip()}", "", *table_of(rows)] if rows else []
         except Exception as error:

@@ -212,7 +212,7 @@ def memory(work: Work) -> Iterator[dict]:
         }
 
     total = torch.cuda.mem_get_info()[1] / 2**30 if on_cuda() else 0.02
-    limits = {"this one": total, "15 GB": min(work.either(T4_GIB, 0.01), total)}
+    limits = {"this one": total, "15 GB": min(work.either(T4_GIB, 0.006), total)}
     for card, precision in (("this one", work.preset.precision), ("15 GB", "float16")):
         if card == "15 GB" and on_cuda():
             torch.cuda.set_per_process_memory_fraction(limits[card] / total)
