@@ -336,11 +336,16 @@ def _without_messages(row: dict) -> dict:
     for key in ("prompt", "chosen", "rejected"):
         messages = row.get(key, [])
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        if (
+            not isinstance(messages, list)
+            or (key in row and not messages)
+            or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        ):
             raise ValueError(f"key '{key}': expected a list of {{'role', 'content'}}, got {short(row[key])}. Mend the row.")
         read[key] = messages
     if "prompt" not in row:  # then it is what the two conversations share
-        num = len(os.path.commonprefix([read["chosen"], read["rejected"]]))
+        equal = [a == b for a, b in zip(read["chosen"], read["rejected"], strict=False)]
+        num = (equal + [False]).index(False)
         read = {"prompt": read["chosen"][:num], "chosen": read["chosen"][num:], "rejected": read["rejected"][num:]}
     for key, messages in read.items():
         for each in messages:
