@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 _TEMPORARY = Path(tempfile.mkdtemp(prefix="pdpo-tests-"))
@@ -105,3 +106,43 @@ def output(python):
         return out
 
     return run
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A preset that trains in a second, with a runs folder of this test's own and no SBERT."""
+    import stages
+
+    from pdpo import experiments
+
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(experiments, "load_judge", lambda *_, **__: stages.Judge())
+    return stages.preset(tmp_path)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The methods of the trainings that begin in this process, in their order."""
+    from pdpo import experiments
+
+    begun, train = [], experiments.train
+
+    def counted(policy, rows, config, **options):
+        begun.append(config.method)
+        return train(policy, rows, config, **options)
+
+    monkeypatch.setattr(experiments, "train", counted)
+    return begun
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def same_weights(one, other) -> bool:
+    """Whether two runs ended with the same bits."""
+    weights, others = one.load_policy().state_dict(), other.load_policy().state_dict()
+    return all(torch.equal(value, others[key]) for key, value in weights.items())

@@ -1,4 +1,4 @@
-"""One stage in a process of its own, for tests of locks and of killed stages: `python stages.py FUNCTION KEYWORDS-AS-JSON`.
+"""Small stages for tests, also in processes of their own: `python stages.py FOLDER` makes the SFT stage of `preset(FOLDER)`.
 
 $BARRIER: a file to append a line to when training begins, and then to wait for `$BARRIER.go`.
 $ANNOUNCE: print a line after each step and wait for one on standard input before the next.
@@ -6,14 +6,17 @@ $ANNOUNCE: print a line after each step and wait for one on standard input befor
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from pdpo import experiments, toy, training
-from pdpo.presets import Preset
+from pdpo.presets import Preset, TrainConfig
+from pdpo.stages import Missing, _only_looking
 
 
 def preset(folder: Path, **changes) -> Preset:
@@ -22,12 +25,67 @@ def preset(folder: Path, **changes) -> Preset:
     rows = [{"prompt": record.prompt, "responses": record.responses, "scores": record.scores} for record in toy.load()[::17]]
     if not file.exists():  # else another process may be reading it
         file.write_text(json.dumps(rows))
+    small = {"micro_batch_size": 16, "num_evaluations": 2}
     settings = {
         "data": str(file), "vocab_size": 400, "embedding": 32, "layers": 1, "heads": 2, "context": 80,
-        "sft_steps": 12, "sft_batch_size": 8, "preference_steps": 6, "preference_batch_size": 8, "micro_batch_size": 16,
-        "num_evaluations": 2, "num_kl_prompts": 3, "max_new_tokens": 6, "checkpoint_seconds": 0.0,
+        "sft": TrainConfig("sft", 12, 8, 6e-3, **small), "preference": TrainConfig("dpo", 6, 8, 2e-4, beta=0.1, **small),
+        "num_kl_prompts": 3, "max_new_tokens": 6, "checkpoint_seconds": 0.0,
     }  # fmt: skip
     return Preset("quick", **(settings | changes))
+
+
+class Judge:
+    """Stands in for SBERT, which takes seconds to load: a vector made of the text's letters."""
+
+    def embed(self, texts):
+        vectors = torch.tensor([[text.count(letter) + 0.1 for letter in "aeinrst."] for text in texts])
+        return vectors / vectors.norm(dim=1, keepdim=True)
+
+
+def run_win_rate(**setting):
+    """The stage with that judge, in whatever process it is made."""
+    with mock.patch.object(experiments, "load_judge", lambda *_, **__: Judge()):
+        return experiments.run_win_rate(**setting)
+
+
+def run_sft(*, log: str, killed_once: bool = False, **setting):
+    """The stage, which tells the log when its training begins and ends.
+
+    Args:
+        log: a file; its lines are "begins PID" and "ends PID".
+        killed_once: the first process that has taken five steps is killed there.
+    """
+
+    def tell(word: str) -> None:
+        with open(log, "a") as file:
+            file.write(f"{word} {os.getpid()}\n")
+
+    def logged(*arguments, **options):
+        tell("begins")
+        history = train(*arguments, **options)
+        tell("ends")
+        return history
+
+    def step(*arguments, **options):
+        steps.append(1)
+        if killed_once and len(steps) == 5 and not Path(f"{log}.killed").exists():
+            Path(f"{log}.killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(*arguments, **options)
+
+    train, train_step, steps = experiments.train, training.train_step, []
+    with mock.patch.object(experiments, "train", logged), mock.patch.object(training, "train_step", step):
+        return experiments.run_sft(**setting)
+
+
+def beat(*, file: str):
+    """A stage without end, which shows that it is alive."""
+    if _only_looking:
+        raise Missing("beat")
+    while True:
+        with open(file, "a") as beats:
+            beats.write(".")
+        time.sleep(0.02)
 
 
 def announce_steps() -> None:
@@ -55,20 +113,10 @@ def wait_at(barrier: Path) -> None:
     experiments.train = waiting
 
 
-def beat(*, file: str, wait: bool) -> None:
-    """A stage without end, which shows that it is alive."""
-    while True:
-        with open(file, "a") as beats:
-            beats.write(".")
-        time.sleep(0.02)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("ANNOUNCE"):
         announce_steps()
     if os.environ.get("BARRIER"):
         wait_at(Path(os.environ["BARRIER"]))
-    options = json.loads(sys.argv[2])
-    chosen = preset(Path(options.pop("folder")))
-    print(getattr(experiments, sys.argv[1])(chosen, **options).path, flush=True)
+    print(experiments.run_sft(preset(Path(sys.argv[1]))).path, flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import stages
 import torch
+from pdpo.reward import last_hidden
 
 import pdpo
 from pdpo import experiments, models, training
@@ -26,7 +27,6 @@ from pdpo.experiments import (
     runs_dir,
 )
 from pdpo.presets import get_preset
-from pdpo.reward import last_hidden
 from pdpo.stages import Busy, code_version
 
 

@@ -6,11 +6,6 @@ import numpy as np
 import pytest
 import stages
 import torch
-
-import pdpo
-from pdpo import experiments, frontier, toy
-from pdpo.data import pairs
-from pdpo.experiments import Frontier, run_frontier, run_frontiers
 from pdpo.frontier import (
     bootstrapped_rankings,
     frontier_rows,
@@ -19,6 +14,11 @@ from pdpo.frontier import (
     pareto_set,
     resampled,
 )
+
+import pdpo
+from pdpo import experiments, frontier, toy
+from pdpo.data import pairs
+from pdpo.experiments import Frontier, run_frontier, run_frontiers
 from pdpo.presets import Preset
 from pdpo.sampling import Sample
 

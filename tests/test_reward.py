@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from pdpo.reward import calibration, fit_reward_head, last_hidden
 
 from pdpo import toy
 from pdpo.encoding import encode_records
 from pdpo.models import load_policy, train_tokenizer
 from pdpo.presets import Preset
-from pdpo.reward import calibration, fit_reward_head, last_hidden
 
 
 def test_last_hidden_is_the_state_at_the_end_of_each_response_whatever_is_padded():
