@@ -9,7 +9,6 @@ from malformed import GOOD, LISTED, MALFORMED, SCORED
 
 from pdpo.data import (
     SCORED_NAMES,
-    SOURCES,
     Preference,
     data_report,
     fingerprint,
@@ -21,6 +20,7 @@ from pdpo.data import (
     split,
 )
 from pdpo.encoding import TEMPLATE, encode
+from pdpo.files import SOURCES
 from pdpo.training import batch_indices
 
 # reading
@@ -162,7 +162,10 @@ def test_load_split_drops_identical_responses(tmp_path):
 def test_load_split_of_the_toy_is_its_own_split():
     from pdpo import toy
 
-    assert load_split("toy") == toy.split(toy.load(), seed=0)
+    records = load_preferences("toy")
+    assert all(type(record) is Preference for record in records)
+    assert [(each.prompt, each.responses, each.scores) for each in records] == [tuple(example) for example in toy.load()]
+    assert load_split("toy") == toy.split(records, seed=0)
 
 
 # pairs

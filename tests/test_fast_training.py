@@ -169,7 +169,9 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
         passes.append(len(rows))
         return real_pass(policy, rows, **more)
 
-    sft = experiments.run_sft(stages.preset(tmp_path))
+    preset = stages.preset(tmp_path, checkpoint_seconds=1e9)
+    preset = replace(preset, sft=replace(preset.sft, steps=2, num_evaluations=1))
+    sft = experiments.run_sft(preset)
     others = num_models()
     monkeypatch.setattr(training, "train_step", counting_step)
     monkeypatch.setattr(experiments, "with_reference_logps", counting_pass)
@@ -182,6 +184,6 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
     for run in runs:  # the policy begins as the reference, through the file's numbers, too
         assert run.history[1]["loss"] > 0 and run.history[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert runs[0].history[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    other = experiments.run_sft(sft.preset, seed=1)
+    other = experiments.run_sft(preset, seed=1)
     experiments.run_preference(other, method="dpo", beta=0.1, steps=2, num_evaluations=1)
     assert len(passes) == 4  # another SFT policy, another reference
