@@ -61,30 +61,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api = f"api/models/{NAME}"
         bodies = {
             api: {"id": NAME, "modelId": NAME, "sha": REVISION, "tags": [], "siblings": [{"rfilename": n} for n in names]},
-            f"{api}/tree/main": [
-                {"type": "file", "path": n, "size": (self.server.folder / n).stat().st_size, "oid": "0"} for n in names
-            ],
-            f"{api}/commits/main": [
-                {"id": REVISION, "title": "", "message": "", "authors": [], "date": "2024-02-19T10:57:45.000Z"}
-            ],
-            f"{api}/discussions": {"discussions": [], "count": 0, "start": 0, "numClosedDiscussions": 0},
         }
         bodies |= {f"{api}/revision/{name}": bodies[api] for name in ("main", REVISION)}
-        bodies |= {f"{api}/tree/{REVISION}": bodies[f"{api}/tree/main"]}
         if path in bodies:
             return self.send(json.dumps(bodies[path]).encode(), {"Content-Type": "application/json"}, head)
         name = path.rsplit("/", 1)[-1]
         if not path.startswith(f"{NAME}/resolve/") or name not in names:
             return self.send(b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": REVISION}, head, status=404)
         data = (self.server.folder / name).read_bytes()
-        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        half = len(data) // 2 if name in self.server.cut else None
-        self.send(
-            data[start:], headers, head, status=206 if start else 200, only=None if half is None else max(half - start, 0)
-        )
+        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        self.send(data, headers, head, only=len(data) // 2 if name in self.server.cut else None)
 
     def send(self, data: bytes, headers: dict, head: bool, *, status: int = 200, only: int | None = None):
         self.send_response(status)

@@ -92,20 +92,15 @@ def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_
     assert config.eos_token_id == 0
 
 
-@pytest.mark.parametrize("source", ["random", "folder"])
-def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path, source):
-    preset = TINY
-    if source == "folder":
-        text = (saved / "config.json").read_text()
-        assert '"resid_pdrop": 0.0' in text
-        shutil.copytree(saved, tmp_path / "dropping")
-        (tmp_path / "dropping" / "config.json").write_text(re.sub(r'(_pdrop": )0\.0', r"\g<1>0.5", text))
-        preset = replace(TINY, model=str(tmp_path / "dropping"))
-    policy = load_policy(preset, tokenizer=tiny_tokenizer)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        training, evaluating = policy.train()(ids).logits, policy.eval()(ids).logits
-    assert torch.equal(training, evaluating)
+def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "dropping")
+    text = (saved / "config.json").read_text()
+    assert '"resid_pdrop": 0.0' in text
+    (tmp_path / "dropping" / "config.json").write_text(re.sub(r'(_pdrop": )0\.0', r"\g<1>0.5", text))
+    for preset in (TINY, replace(TINY, model=str(tmp_path / "dropping"))):
+        policy, ids = load_policy(preset, tokenizer=tiny_tokenizer), torch.arange(20)[None]
+        with torch.no_grad():
+            assert torch.equal(policy.train()(ids).logits, policy.eval()(ids).logits)
 
 
 def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, tmp_path):
@@ -115,22 +110,20 @@ def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, t
     assert load_policy(replace(TINY, model=str(tmp_path))).dtype == torch.float32
 
 
-@pytest.mark.parametrize("damage", ["cut", "only pickled"])
-def test_damaged_or_pickled_weights_are_refused_by_folder(saved, tmp_path, damage):
-    folder = tmp_path / "damaged"
-    shutil.copytree(saved, folder)
-    weights = folder / "model.safetensors"
-    if damage == "cut":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    else:
-        weights.unlink()
-        torch.save(load_policy(replace(TINY, model=str(saved))).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=f"{folder}: .*cannot be loaded") as caught:
-        load_policy(replace(TINY, model=str(folder)))
-    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
-
-
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+def test_damaged_or_pickled_weights_and_a_folder_without_a_vocabulary_are_refused_by_folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    pickled = load_policy(replace(TINY, model=str(saved))).state_dict()
+    for damage in (
+        lambda: weights.write_bytes(weights.read_bytes()[:1000]),
+        lambda: weights.unlink() or torch.save(pickled, tmp_path / "pytorch_model.bin"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*cannot be loaded") as caught:
+            load_policy(replace(TINY, model=str(tmp_path)))
+        assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    for file in tmp_path.iterdir():
+        file.unlink()
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
 
@@ -196,25 +189,15 @@ class Model:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_the_judge_embeds_each_text_once_in_the_order_asked():
-    model = Model()
-    judge = Judge(model)
-    first = judge.embed(["b", "aa", "b", ""])
-    again = judge.embed(["aa", "new", "b"])
-    assert sorted(model.asked) == ["", "aa", "b", "new"]
-    assert first.dtype == torch.float32 and first.shape == (4, 3)
-    assert torch.equal(first[0], first[2]) and torch.equal(again[0], first[1]) and torch.equal(again[2], first[0])
-
-
-def test_embeddings_outlive_the_process_on_disk(tmp_path):
-    texts, file = ["ünï", "", "a\nb", "😀"], tmp_path / "deep" / "judge.npz"
-    vectors = Judge(Model(), file).embed(texts)
-    model = Model()
+def test_the_judge_embeds_each_text_once_in_the_order_asked_and_remembers_them_on_disk(tmp_path):
+    model, file = Model(), tmp_path / "deep" / "judge.npz"
+    first = Judge(model, file).embed(["b", "aa", "b", "", "ünï", "a\nb", "😀"])
+    assert first.dtype == torch.float32 and first.shape == (7, 3) and torch.equal(first[0], first[2])
     judge = Judge(model, file)
-    assert torch.equal(judge.embed(texts), vectors) and model.asked == []
-    judge.embed(["more"])
-    assert model.asked == ["more"] and len(Judge(Model(), file).known) == 5
-    assert [path.name for path in file.parent.iterdir()] == ["judge.npz"]
+    again = judge.embed(["😀", "aa", "new", "b"])
+    assert torch.equal(again[[0, 1, 3]], first[[6, 1, 0]])
+    assert sorted(model.asked) == sorted(["", "aa", "b", "ünï", "a\nb", "😀", "new"])
+    assert len(Judge(Model(), file).known) == 7 and [path.name for path in file.parent.iterdir()] == ["judge.npz"]
 
 
 @pytest.fixture(scope="module")
