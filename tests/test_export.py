@@ -41,11 +41,6 @@ def exported(many_steps, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lines(exported):
-    return [json.loads(line) for line in (exported / "train.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
 def settings(exported):
     yaml = pytest.importorskip("yaml", reason="PyYAML reads dpo.yaml for this test")
     return yaml.safe_load((exported / "dpo.yaml").read_text())
@@ -65,17 +60,12 @@ def training(many_steps, monkeypatch):
     return stopped.value.args
 
 
-def data_of_one_prompt_style(folder, prompt: str):
-    rows = [{"prompt": f"{i} {prompt}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
-    (folder / "data.json").write_text(json.dumps(rows))
-    return str(folder / "data.json")
-
-
 # what is handed over
 
 
-def test_the_rows_are_those_of_every_step_of_run_preference_token_by_token(exported, lines, training):
+def test_the_rows_are_those_of_every_step_of_run_preference_token_by_token(exported, training):
     rows, config = training
+    lines = [json.loads(line) for line in (exported / "train.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(exported / "policy")
     order = [i for step in range(config.steps) for i in batch_indices(len(rows), config.batch_size, seed=1, step=step)]
     assert len(order) > 2 * len(rows)  # more than two epochs
@@ -161,7 +151,9 @@ def test_pairs_that_trl_would_tokenise_otherwise_are_refused_before_anything_is_
     many_steps, tmp_path, monkeypatch, prompt
 ):
     monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    preset = replace(many_steps, data=data_of_one_prompt_style(tmp_path, prompt))
+    rows = [{"prompt": f"{i} {prompt}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    preset = replace(many_steps, data=str(tmp_path / "data.json"))
     with pytest.raises(ValueError, match=r"got 34 of 34 that it does not, .*Leave such rows out"):
         export_trl(preset, tmp_path / "out", beta=0.1)
     assert not (tmp_path / "out").exists()

@@ -111,9 +111,9 @@ def test_half_precision_trains_float32_weights(precision, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), policy.parameters(), strict=True))
 
 
-def small_memory(monkeypatch, room: int, tries: list):
-    """Batches of more than `room` sequences run out of memory, halfway through the step."""
-    real = training.row_losses
+def test_out_of_memory_once_halves_the_micro_batch_and_keeps_the_gradient_and_twice_is_one_clear_error(monkeypatch, capsys):
+    expected = train(small_policy(), some_rows(), CONFIG, show_progress=False)
+    real, room, tries = training.row_losses, 8, []
 
     def row_losses(policy, rows, config, **arguments):
         tries.append(2 * len(rows))
@@ -122,24 +122,13 @@ def small_memory(monkeypatch, room: int, tries: list):
         return real(policy, rows, config, **arguments)
 
     monkeypatch.setattr(training, "row_losses", row_losses)
-
-
-def test_out_of_memory_once_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, capsys):
-    expected = train(small_policy(), some_rows(), CONFIG, show_progress=False)
-    tries: list[int] = []
-    small_memory(monkeypatch, 8, tries)
     history = train(small_policy(), some_rows(), CONFIG, show_progress=False)
     assert tries == [16] + [8] * 6  # the first step failed once; later ones know
     assert "going on with 8" in capsys.readouterr().out
     for mine, plain in zip(history, expected, strict=True):
         assert mine == pytest.approx(plain, rel=1e-4, abs=1e-6)
-
-
-def test_out_of_memory_twice_is_one_clear_error(monkeypatch):
-    small_memory(monkeypatch, 4, [])
-    with pytest.raises(
-        ValueError, match=r"out of memory twice, the last time with micro batches of 8 .*Tried to allocate 2.00"
-    ):
+    room = 4
+    with pytest.raises(ValueError, match=r"out of memory twice, .* micro batches of 8 .*Tried to allocate 2.00"):
         train(small_policy(), some_rows(), CONFIG, show_progress=False)
 
 
@@ -176,7 +165,7 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
     monkeypatch.setattr(training, "train_step", counting_step)
     monkeypatch.setattr(experiments, "with_reference_logps", counting_pass)
     runs = [
-        experiments.run_preference(sft, method=method, beta=beta, steps=2, num_evaluations=1)
+        experiments.run_preference(sft, method=method, beta=beta, steps=1, num_evaluations=1)
         for method, beta in (("dpo", 0.1), ("dpo", 0.3), ("odpo", 0.3))
     ]
     assert len(passes) == 2  # training and held-out rows, once
@@ -185,5 +174,5 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
         assert run.history[1]["loss"] > 0 and run.history[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert runs[0].history[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
     other = experiments.run_sft(preset, seed=1)
-    experiments.run_preference(other, method="dpo", beta=0.1, steps=2, num_evaluations=1)
+    experiments.run_preference(other, method="dpo", beta=0.1, steps=1, num_evaluations=1)
     assert len(passes) == 4  # another SFT policy, another reference

@@ -41,12 +41,6 @@ def test_the_interval_is_scipys_percentile_bootstrap_interval():
     assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * values.std() / 60**0.5, rel=0.05)  # normal theory
 
 
-def test_the_interval_covers_the_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(rng.random(80) < 0.6, num_resamples=400) for _ in range(400)]
-    assert 0.90 < np.mean([low <= 0.6 <= high for low, high in intervals]) < 0.99
-
-
 def test_the_interval_is_reproducible_depends_on_its_seed_and_makes_a_figures_row():
     values = np.arange(20.0)
     low, high = bootstrap_interval(values)
@@ -77,20 +71,11 @@ def test_values_without_an_interval_are_refused(values):
 
 
 def test_calibration_by_hand():
-    # confidences .55 (right), .45 -> .55 (wrong), .95 (right), 1 (right)
-    rows, error = calibration([0.55, 0.45, 0.95, 1.0], num_bins=5)
-    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 2)]
-    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.975])
-    assert error == pytest.approx((2 * 0.05 + 2 * 0.025) / 4)
-
-
-def test_calibration_of_true_probabilities_is_good_and_of_exaggerated_ones_is_not():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=20_000)
-    right = rng.random(20_000) < 1 / (1 + np.exp(-logits))
-    of_truth = np.where(right, logits, -logits)  # the log-odds given to what turned out to be true
-    assert calibration(1 / (1 + np.exp(-of_truth)))[1] < 0.01
-    assert calibration(1 / (1 + np.exp(-3 * of_truth)))[1] > 0.1
+    # confidences .55 (right), .45 -> .55 (wrong), .95 (right), 1 (right), .96 (right)
+    rows, error = calibration([0.55, 0.45, 0.95, 1.0, 0.96], num_bins=5)
+    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 3)]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.97])
+    assert error == pytest.approx((2 * 0.05 + 3 * 0.03) / 5)
 
 
 # frontiers
@@ -124,9 +109,7 @@ def test_the_pareto_set_equals_a_slow_loop():
 @pytest.mark.parametrize(
     "one, other, height",
     [
-        (([0, 2], [1, 1]), ([0, 2], [0, 0]), 1),
-        (([0, 2], [0, 2]), ([0, 2], [0, 0]), 1),  # a triangle
-        (([2, 0], [2, 0]), ([2, 0], [0, 0]), 1),  # the order of points does not matter
+        (([2, 0], [2, 0]), ([0, 2], [0, 0]), 1),  # a triangle; the order of points does not matter
         (([0, 4], [1, 1]), ([1, 3, 9], [0, 0, 50]), 1 - (50 / 6 * 1) / 2 / 3),  # over [1, 4], where the other rises from 3 on
         (([0, 1, 2], [0, 1, 0]), ([0, 2], [0, 0]), 0.5),
         (([0, 2], [1, -1]), ([0, 2], [-1, 1]), 0),  # they cross
