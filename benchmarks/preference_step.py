@@ -212,20 +212,18 @@ def time_pdpo(path: str, clock, folder: str, steps: int, pairs: int) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from pdpo import training, trees
-    from pdpo.experiments import preference_rows
+    from pdpo.device import device
     from pdpo.models import load_policy
-    from pdpo.presets import device, get_preset
+    from pdpo.presets import TrainConfig, get_preset
 
     policy = load_policy(replace(get_preset("small"), model=folder)).to(device())
     tokenizer, data = tokenizer_of(folder), batches(steps, pairs)
     logps_of, sequences = getattr(training, path), 2 * pairs
+    config = TrainConfig("dpo", steps, pairs, LR, beta=BETA, micro_batch_size=sequences)
     rows = [
-        training.with_reference_logps(
-            policy, preference_rows(tokenizer, records, method="dpo", alpha=1.0, scale="log"), micro_batch_size=sequences
-        )
+        training.with_reference_logps(policy, training.preference_rows(tokenizer, records, config), micro_batch_size=sequences)
         for records in data
     ]
-    config = training.TrainConfig("dpo", steps, pairs, LR, beta=BETA, micro_batch_size=sequences)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
     reset_peak()
     seconds, losses = [], []

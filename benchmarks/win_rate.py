@@ -22,10 +22,11 @@ from preference_step import SHAPES, tokenizer_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pdpo.data import load_split
+from pdpo.device import device
 from pdpo.encoding import TEMPLATE
 from pdpo.evaluation import win_values
 from pdpo.models import Judge, load_judge, with_float32_head, with_fused_gelu, without_dropout
-from pdpo.presets import device, get_preset
+from pdpo.presets import get_preset
 from pdpo.sampling import sample
 
 MEAN_LENGTH, STAGES = 16, 5

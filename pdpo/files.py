@@ -335,7 +335,7 @@ def _without_messages(row: dict) -> dict:
     read = {}
     for key in ("prompt", "chosen", "rejected"):
         messages = row.get(key, [])
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        messages = messages if isinstance(messages, list) else [{"role": "user", "content": messages}]
         if (
             not isinstance(messages, list)
             or (key in row and not messages)

@@ -2,50 +2,39 @@
 
 `ranks.py killed FOLDER`: three steps and a half of CASES["dpo"], then the last process kills itself.
 `ranks.py cases FOLDER`: every case, the killed one from its checkpoint; FOLDER/RANK.pt holds what came of each.
-`ranks.py sweep FOLDER ARGUMENTS`: `python -m pdpo sweep` on a preset that trains in a second, without SBERT; FOLDER/log has a
-line for each training and judging. No first training begins before all processes have come to theirs.
 """
 
 import os
-import shutil
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import filelock
-import stages
 import torch
 import worker
 
-from pdpo import experiments, training
-from pdpo.__main__ import main
-from pdpo.distributed import gather, is_leader, launch_rank, launch_size, on_leader, process_group, rank
-from pdpo.presets import PRESETS
-from pdpo.stages import Busy, run_stage
+from pdpo import training
+from pdpo.distributed import launch_rank, launch_size, process_group, rank
+from pdpo.stages import run_stage
 from pdpo.training import evaluate_rows, policy_logps, train
 
 STEPS = 6
 CASES = {  # method, changes of its config
-    "sft": ("sft", {}),
     "sft, 3 and 2 rows in 3 and 2 micro batches": ("sft", {"batch_size": 5, "micro_batch_size": 1}),
     "dpo": ("dpo", {}),
-    "dpo, 2 and 1 rows": ("dpo", {"batch_size": 3}),
-    "dpo, 4 and 3 rows in 4 and 3 micro batches": ("dpo", {"batch_size": 7, "micro_batch_size": 2}),
-    "dpo on padded batches, not on trees": ("dpo", {"micro_batch_size": 4}),
-    "plackett_luce": ("plackett_luce", {}),
+    "dpo, 2 and 1 rows, on padded batches, not on trees": ("dpo", {"batch_size": 3, "micro_batch_size": 4}),
     "plackett_luce by sgd": ("plackett_luce", {"optimizer": "sgd", "lr": 0.1}),
 }
 
 
 def prepared(name: str):
-    """A case's policy, rows and config."""
+    """A case's policy, rows and config; each process begins with weights of its own, of which the leader's count."""
     method, changes = CASES[name]
     policy, rows, config = worker.parts(method)
-    policy.register_buffer("constant", torch.ones(3), persistent=False)  # such as models with rotary positions have
+    if rank():
+        policy.load_state_dict({key: value + 0.1 for key, value in policy.state_dict().items()})
     # where a gradient is near 0, Adam makes steps of rounding errors: at ten times this rate they reach 1e-5 in one process, too
-    return policy, rows, replace(config, **{"steps": STEPS, "lr": 3e-4, **changes})
+    return policy, rows, replace(config, **{"steps": STEPS, "lr": 3e-4, "num_evaluations": 3, **changes})
 
 
 def run_case(name: str, checkpoint: Path | None = None) -> dict:
@@ -57,7 +46,7 @@ def run_case(name: str, checkpoint: Path | None = None) -> dict:
     training.train_step = lambda *arguments, **options: steps.append(1) or train_step(*arguments, **options)
     try:
         history = train(
-            policy, rows, config, held_out=rows[:5], evaluate_every=2, show_progress=False,
+            policy, rows, config, held_out=rows[:5], show_progress=False,
             measure=lambda policy: {"eval_measured_by": rank()}, checkpoint=checkpoint, checkpoint_seconds=0.0,
         )  # fmt: skip
     finally:
@@ -95,27 +84,12 @@ def out_of_memory() -> str:
 
 
 def stage_steps() -> list[str]:
-    """What one process sees of a stage that is built, found, and then locked by someone else."""
+    """What one process sees of a stage that the leader builds and of one that all build, twice."""
     seen = []
-
-    def stage() -> Path:
-        run_stage("group", "of the leader", {}, (), lambda folder: seen.append("built alone"), wait=False)
-        build = lambda folder: seen.append("built together")  # noqa: E731
-        return run_stage("group", "of all", {}, (), build, wait=False, together=True)[0]
-
     for _ in range(2):
-        seen.append(f"holds {[each.name for each in stage().iterdir()]}")
-    path = stage()
-    gather(None)  # nobody is in it any more
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-    if is_leader():
-        shutil.rmtree(path)
-        lock.acquire()
-    try:
-        stage()
-    except Busy:
-        seen.append("busy")
-    on_leader(lock.release)
+        run_stage("group", "of the leader", {}, lambda folder: seen.append("built alone"))
+        folder, _ = run_stage("group", "of all", {}, lambda folder: seen.append("built together"), together=True)
+        seen.append(f"holds {[each.name for each in folder.iterdir()]}")
     return seen
 
 
@@ -132,44 +106,9 @@ def die_after(steps: int) -> None:
     training.row_losses = counted
 
 
-def log_work(log: Path) -> None:
-    """Stands in for SBERT and says what was done by whom."""
-    train = experiments.train
-
-    def say(text: str) -> None:
-        with open(log, "a") as file:
-            file.write(f"{launch_rank()} {text}\n")
-
-    def logged(policy, rows, config, **options):
-        say(f"{config.method} {config.beta} {config.seed}")
-        end = time.monotonic() + 120
-        while len({line[0] for line in log.read_text().splitlines()}) < launch_size():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        return train(policy, rows, config, **options)
-
-    def judge(*_, **__):
-        say("judged")
-        return Judge()
-
-    experiments.train, experiments.load_judge = logged, judge
-
-
-class Judge:
-    """A vector made of the text's letters."""
-
-    def embed(self, texts):
-        vectors = torch.tensor([[text.count(letter) + 0.1 for letter in "aeinrst."] for text in texts])
-        return vectors / vectors.norm(dim=1, keepdim=True)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     task, folder = sys.argv[1], Path(sys.argv[2])
-    if task == "sweep":
-        PRESETS["tiny"] = stages.preset(folder)
-        log_work(folder / "log")
-        sys.exit(main(["sweep", "--preset", "tiny", *sys.argv[3:]]))
     with process_group():
         if task == "killed":
             die_after(3)

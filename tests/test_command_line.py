@@ -1,67 +1,66 @@
-"""`python -m pdpo`: bad input ends in one clear line, real input in a policy that transformers loads."""
+"""`python -m pdpo`: bad input ends in one clear line, real input in a policy that transformers loads, a sweep in a table."""
 
+import csv
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from malformed import MALFORMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdpo import experiments, runner
 from pdpo.__main__ import main
-from pdpo.presets import PRESETS
+from pdpo.data import load_split
+from pdpo.presets import PRESETS, with_config
+
+BROKEN = '{"prompt": "a", "chosen": "b"}\n'
 
 
-@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
-def test_train_refuses_a_malformed_file_in_one_line(tmp_path, capsys, case):
-    path = case.write(tmp_path)
-    assert main(["train", "--data", str(path), "--out", str(tmp_path / "out")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    for word in (str(path), *case.words):
-        assert word in lines[0]
-    assert not (tmp_path / "out").exists()
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that a command with bad input prints."""
+    assert main(list(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
-def test_there_are_at_least_fifteen_malformed_files():
-    assert len(MALFORMED) >= 15
+# bad input
 
 
-def test_a_malformed_file_gives_no_traceback_and_exit_status_2(tmp_path):
-    path = tmp_path / "broken.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b"}\n', encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "pdpo", "train", "--data", str(path)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert f"{path}, line 1: key 'rejected'" in done.stderr
+def test_a_malformed_file_gives_one_line_no_traceback_no_folder_and_exit_status_2(tmp_path):
+    path, out = tmp_path / "broken.jsonl", tmp_path / "out"
+    path.write_text(BROKEN, encoding="utf-8")
+    command = [sys.executable, "-m", "pdpo", "train", "--data", str(path), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not out.exists()
+    assert done.stderr.startswith(f"error: {path}, line 1: key 'rejected'") and done.stderr.count("\n") == 1
 
 
-def test_a_file_with_too_few_prompts_says_so(tmp_path, capsys):
-    path = tmp_path / "few.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    assert main(["train", "--data", str(path)]) == 2
-    assert "prompts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("options, word", [(["--beta", "0"], "beta"), (["--beta", "nan"], "beta"), (["--steps", "0"], "steps")])
-def test_bad_hyperparameters_are_refused_before_anything_is_trained(monkeypatch, capsys, options, word):
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_what_cannot_work_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path, command):
     monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    assert main(["train", "--data", "toy", *options]) == 2
-    assert word in capsys.readouterr().err
+    file = tmp_path / "few.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    assert "expected enough prompts" in refusal(capsys, command, "--data", str(file))
+    assert "beta > 0" in refusal(capsys, command, "--data", "toy", "--beta", "nan")
+    assert "got steps 0" in refusal(capsys, command, "--data", "toy", "--steps", "0")
+    assert "alpha >= 0" in refusal(capsys, command, "--data", "toy", "--method", "odpo", "--alpha", "-1")
 
 
-def test_results_never_overwrite_a_folder_that_holds_something(tmp_path, capsys):
-    (tmp_path / "kept.txt").write_text("mine")
-    assert main(["train", "--data", "toy", "--out", str(tmp_path)]) == 2
-    assert "empty or a new folder" in capsys.readouterr().err
-    assert (tmp_path / "kept.txt").read_text() == "mine"
+def test_results_never_overwrite_what_is_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
+    (tmp_path / "kept").write_text("mine")
+    assert "empty or a new folder" in refusal(capsys, "train", "--data", "toy", "--out", str(tmp_path))
+    assert "expected a new file, got one" in refusal(capsys, "sweep", "--data", "toy", "--out", str(tmp_path / "kept"))
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+# run
 
 
 def test_run_names_the_notebooks_there_are_where_one_does_not_exist(capsys):
-    assert main(["run", "--preset", "tiny", "--notebooks", "77"]) == 2
-    assert "00_start_here" in capsys.readouterr().err
+    assert "00_start_here" in refusal(capsys, "run", "--preset", "tiny", "--notebooks", "77")
 
 
 def test_run_says_which_cell_failed_and_goes_on_with_the_other_notebooks(tmp_path, monkeypatch, capsys):
@@ -79,6 +78,9 @@ def test_run_says_which_cell_failed_and_goes_on_with_the_other_notebooks(tmp_pat
     assert not stored.cells[0].outputs  # notebooks are left alone unless --save is given
 
 
+# train and sweep
+
+
 @pytest.mark.slow
 def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_path, monkeypatch, capsys):
     """Real input: SFT, DPO and ODPO on `instructions` with GPT-2's vocabulary and a small GPT-2 of random weights."""
@@ -87,8 +89,8 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     if not tokenizer.is_dir():
         pytest.skip(f"needs GPT-2's vocabulary in {tokenizer}")
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
-    short = replace(PRESETS["small"], num_evaluations=1, num_kl_prompts=4, max_new_tokens=12)
-    monkeypatch.setitem(PRESETS, "small", short)
+    short = replace(PRESETS["small"], num_kl_prompts=4, max_new_tokens=12)
+    monkeypatch.setitem(PRESETS, "small", with_config(short, num_evaluations=1))
     steps = ["--sft-steps", "8", "--steps", "4", "--lr", "1e-3"]
     out = tmp_path / "out"
     status = main(["train", "--tokenizer", str(tokenizer), "--method", "dpo", "odpo", *steps, "--out", str(out)])
@@ -103,3 +105,36 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     policy, saved = AutoModelForCausalLM.from_pretrained(out / "odpo"), AutoTokenizer.from_pretrained(out / "odpo")
     assert policy.config.vocab_size == len(saved) == 50257
     assert sorted(os.listdir(out)) == ["dpo", "odpo"]
+
+
+def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", quick)
+    options = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "--beta", "0.1", "0.3", "--seeds", "0", "1"]
+    assert main([*options, "--steps", "3", "--lr", "1e-3", "--out", str(tmp_path / "new" / "table.csv")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(trained) == ["dpo"] * 4 + ["sft"] * 2
+    with open(tmp_path / "new" / "table.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["beta"], row["seed"]) for row in rows] == [
+        ("sft", "", "0"), ("dpo", "0.1", "0"), ("dpo", "0.3", "0"), ("sft", "", "1"), ("dpo", "0.1", "1"), ("dpo", "0.3", "1"),
+    ]  # fmt: skip
+    run = experiments.run_preference(experiments.run_sft(quick, seed=1), method="dpo", beta=0.3, steps=3, lr=1e-3)
+    assert float(rows[-1]["eval_loss"]) == run.history[-1]["eval_loss"]
+    for row in rows:
+        assert float(row["win_low"]) <= float(row["win"]) <= float(row["win_high"])
+        assert (float(row["kl"]) < 1e-6) == (row["method"] == "sft")
+    assert (
+        main([*options, "--steps", "3", "--lr", "1e-3"]) == 0
+    )  # on the finished stages: the same table, nothing trained again
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert len(trained) == 6 and table == printed[-8:-1] and table[0].split() == list(rows[0])
+
+
+def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):
+    parts = load_split("toy")
+    monkeypatch.setattr(experiments, "load_split", lambda name: tuple(part[::12] for part in parts))
+    monkeypatch.setitem(PRESETS, "tiny", replace(quick, data="toy"))
+    assert main(["sweep", "--preset", "tiny", "--method", "sft"]) == 0
+    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert header == ["method", "beta", "seed", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
+    assert row[0] == "sft" and 1 <= float(row[-1]) <= 10

@@ -16,8 +16,8 @@ from pdpo import experiments, export
 from pdpo.__main__ import main
 from pdpo.encoding import Encoded
 from pdpo.export import export_trl
-from pdpo.presets import PRESETS
-from pdpo.training import TrainConfig, batch_indices, learning_rate
+from pdpo.presets import PRESETS, TrainConfig
+from pdpo.training import batch_indices, learning_rate
 
 
 class Stop(Exception):
@@ -25,22 +25,19 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def many_steps(tmp_path_factory):
     """Some 100 pairs, and steps for more than an epoch of them."""
-    folder = tmp_path_factory.mktemp("quick")
+    folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDPO_RUNS_DIR", str(folder / "runs"))
-        yield stages.preset(folder, sft_steps=2, num_evaluations=1, preference_steps=40, preference_lr=5e-6)
+        made = stages.preset(folder)
+        preference = replace(made.preference, steps=40, lr=5e-6)
+        yield replace(made, sft=replace(made.sft, steps=2, num_evaluations=1), preference=preference)
 
 
 @pytest.fixture(scope="module")
-def exported(quick, tmp_path_factory):
-    return export_trl(quick, tmp_path_factory.mktemp("exports") / "one", beta=0.3, seed=1)
-
-
-@pytest.fixture(scope="module")
-def lines(exported):
-    return [json.loads(line) for line in (exported / "train.jsonl").read_text().splitlines()]
+def exported(many_steps, tmp_path_factory):
+    return export_trl(many_steps, tmp_path_factory.mktemp("exports") / "one", beta=0.3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +47,25 @@ def settings(exported):
 
 
 @pytest.fixture
-def training(quick, monkeypatch):
+def training(many_steps, monkeypatch):
     """The rows and the config that `run_preference` would train with."""
 
     def stop(policy, rows, config, **_):
         raise Stop(rows, config)
 
+    sft = experiments.run_sft(many_steps, seed=1)
     monkeypatch.setattr(experiments, "train", stop)
     with pytest.raises(Stop) as stopped:
-        experiments.run_preference(quick, method="dpo", beta=0.3, seed=1)
+        experiments.run_preference(sft, method="dpo", beta=0.3)
     return stopped.value.args
-
-
-def data_of_one_prompt_style(folder, prompt: str):
-    rows = [{"prompt": f"{i} {prompt}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
-    (folder / "data.json").write_text(json.dumps(rows))
-    return str(folder / "data.json")
 
 
 # what is handed over
 
 
-def test_the_rows_are_those_of_every_step_of_run_preference_token_by_token(exported, lines, training):
+def test_the_rows_are_those_of_every_step_of_run_preference_token_by_token(exported, training):
     rows, config = training
+    lines = [json.loads(line) for line in (exported / "train.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(exported / "policy")
     order = [i for step in range(config.steps) for i in batch_indices(len(rows), config.batch_size, seed=1, step=step)]
     assert len(order) > 2 * len(rows)  # more than two epochs
@@ -84,7 +77,7 @@ def test_the_rows_are_those_of_every_step_of_run_preference_token_by_token(expor
         assert tuple(tokens) == rows[i].sequences
 
 
-def test_the_config_is_run_preferences(settings, training):
+def test_the_config_is_run_preferences_and_its_paths_are_relative(exported, settings, training):
     config = training[1]
     expected = {
         "beta": config.beta, "max_steps": config.steps, "per_device_train_batch_size": config.batch_size,
@@ -93,20 +86,14 @@ def test_the_config_is_run_preferences(settings, training):
         "disable_dropout": True, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1,
     }  # fmt: skip
     assert {key: settings[key] for key in expected} == expected
-    assert config.optimizer == "adam" and config.label_smoothing == 0
-
-
-def test_small_numbers_stay_numbers_in_yaml(settings):
     assert settings["learning_rate"] == 5e-6  # written 5e-06, YAML 1.1 would take it for text
-
-
-def test_paths_are_relative_so_that_the_folder_can_be_moved(exported, settings):
-    for path in (settings["model_name_or_path"], settings["datasets"][0]["data_files"]):
+    assert config.optimizer == "adam" and config.label_smoothing == 0
+    for path in (settings["model_name_or_path"], settings["datasets"][0]["data_files"]):  # the folder can be moved
         assert not os.path.isabs(path) and (exported / path).exists()
 
 
-@pytest.mark.parametrize("steps", [1, 7, 30, 60, 230])
-def test_the_schedule_that_is_handed_over_warms_up_as_ours_and_then_is_one_step_ahead(steps):
+@pytest.mark.parametrize("steps", [1, 7, 60])
+def test_the_schedule_handed_over_warms_up_as_ours_and_then_is_one_step_ahead_and_precision_goes_with_it(steps):
     config = TrainConfig("dpo", steps, 8, 2e-4, beta=0.1)
     written = export._settings(config, max_length=64)
     warmup, floor = written["warmup_steps"], written["lr_scheduler_kwargs"]["min_lr_rate"]
@@ -120,17 +107,14 @@ def test_the_schedule_that_is_handed_over_warms_up_as_ours_and_then_is_one_step_
     for step in range(steps):
         ours = learning_rate(config, step if step < warmup else step + 1)
         assert theirs(step) * written["learning_rate"] == pytest.approx(ours, rel=1e-5)
-
-
-def test_half_precision_is_handed_over():
     for precision, bf16, fp16 in [("bfloat16", True, False), ("float16", False, True)]:
-        written = export._settings(TrainConfig("dpo", 3, 8, 1e-4, beta=0.1, precision=precision), max_length=64)
+        written = export._settings(replace(config, precision=precision), max_length=64)
         assert (written["bf16"], written["fp16"]) == (bf16, fp16)
 
 
-def test_the_policy_is_the_sft_stages_without_dropout(quick, exported):
+def test_the_policy_is_the_sft_stages_without_dropout(many_steps, exported):
     policy = AutoModelForCausalLM.from_pretrained(exported / "policy")
-    sft = experiments.run_sft(quick, seed=1).load_policy().state_dict()
+    sft = experiments.run_sft(many_steps, seed=1).load_policy().state_dict()
     assert all(torch.equal(value, sft[name]) for name, value in policy.state_dict().items())
     assert policy.config.resid_pdrop == policy.config.embd_pdrop == policy.config.attn_pdrop == 0
 
@@ -145,13 +129,17 @@ def test_the_folder_says_how_to_go_on(exported):
 # what is refused
 
 
-@pytest.mark.parametrize("method", ["odpo", "sft", "slic", "plackett_luce"])
-def test_other_methods_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, method):
+def test_what_cannot_be_handed_over_is_refused_in_one_line_before_anything_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    assert main(["export-trl", str(tmp_path / "out"), "--data", "toy", "--method", method]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and f"`python -m pdpo train --method {method}`" in lines[0]
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "kept.txt").write_text("mine")
+    for options, word in [
+        ([str(tmp_path / "out"), "--method", "odpo"], "`python -m pdpo train --method odpo`"),
+        ([str(tmp_path / "out"), "--beta", "0"], "beta > 0"),
+        ([str(tmp_path)], "empty or a new folder"),
+    ]:
+        assert main(["export-trl", "--data", "toy", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert word in line and os.listdir(tmp_path) == ["kept.txt"]
 
 
 @pytest.mark.parametrize(
@@ -159,36 +147,27 @@ def test_other_methods_are_refused_before_anything_is_trained(tmp_path, monkeypa
     ["".join(map(str, range(99))), "say <|endoftext|> please"],
     ids=["cut from the left", "a special token spelled out"],
 )
-def test_pairs_that_trl_would_tokenise_otherwise_are_refused_before_anything_is_trained(quick, tmp_path, monkeypatch, prompt):
+def test_pairs_that_trl_would_tokenise_otherwise_are_refused_before_anything_is_trained(
+    many_steps, tmp_path, monkeypatch, prompt
+):
     monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    preset = replace(quick, data=data_of_one_prompt_style(tmp_path, prompt))
+    rows = [{"prompt": f"{i} {prompt}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    preset = replace(many_steps, data=str(tmp_path / "data.json"))
     with pytest.raises(ValueError, match=r"got 34 of 34 that it does not, .*Leave such rows out"):
         export_trl(preset, tmp_path / "out", beta=0.1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
-    (tmp_path / "kept.txt").write_text("mine")
-    assert main(["export-trl", str(tmp_path), "--data", "toy"]) == 2
-    assert "empty or a new folder" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["kept.txt"]
-
-
-@pytest.mark.parametrize("options, word", [(["--beta", "0"], "beta"), (["--steps", "0"], "steps")])
-def test_bad_hyperparameters_are_refused(tmp_path, capsys, options, word):
-    assert main(["export-trl", str(tmp_path / "out"), "--data", "toy", *options]) == 2
-    assert word in capsys.readouterr().err
-
-
-def test_an_export_that_fails_half_way_leaves_nothing(quick, exported, tmp_path, monkeypatch):
+def test_an_export_that_fails_half_way_leaves_nothing(many_steps, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "README", "{a field that nobody fills}")  # the last file
     with pytest.raises(KeyError):
-        export_trl(quick, tmp_path / "out", beta=0.3, seed=1)
+        export_trl(many_steps, tmp_path / "out", beta=0.3, seed=1)
     assert os.listdir(tmp_path) == []
 
 
-def test_the_command_exports_into_an_empty_folder_and_says_what_to_run(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PRESETS, "small", quick)
+def test_the_command_exports_into_an_empty_folder_and_says_what_to_run(many_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "small", many_steps)
     (tmp_path / "out").mkdir()
     assert main(["export-trl", str(tmp_path / "out"), "--preset", "small", "--steps", "3", "--seed", "1"]) == 0
     assert f"cd {tmp_path / 'out'} && trl dpo --config dpo.yaml" in capsys.readouterr().out

