@@ -154,7 +154,9 @@ def test_the_package_imports_from_itself_in_the_ways_that_are_followed():
 
 
 def test_names_made_at_run_time_which_are_not_followed_are_of_other_peoples_objects_or_stand_in_the_key():
-    found = {(name, each) for name, source in SOURCES.items() for each in re.findall(r"\b(?:getattr|globals|eval)\((\w+)", source)}
+    found = {
+        (name, each) for name, source in SOURCES.items() for each in re.findall(r"\b(?:getattr|globals|eval)\((\w+)", source)
+    }
     assert found == {("experiments", "preset"), ("files", "error"), ("models", "policy"), ("presets", "self")} | {
         ("reach", each) for each in ("each", "node")
     }
