@@ -222,7 +222,9 @@ def _made(stage: Callable, settings: list[dict]):
     variables = {key: value for key, value in os.environ.items() if key.startswith("PDPO_")} | {"PDPO_WORKERS": "1"}
     share = torch.get_num_threads() if on_cluster else max(num_cores() // num_workers, 1)
     there = {"variables": variables, "num_threads": min(torch.get_num_threads(), share)}
-    if not on_cluster:
+    if on_cluster:  # of which joblib would make no use where it has one worker
+        backend.effective_n_jobs = lambda n_jobs: max(type(backend).effective_n_jobs(backend, n_jobs), 2)
+    else:
         num_jobs, there["parent"] = num_workers, os.getpid()
     as_they_come = "generator" if backend.supports_return_generator else "list"
     parallel = joblib.Parallel(n_jobs=num_jobs, batch_size=1, pre_dispatch="all", return_as=as_they_come)

@@ -166,7 +166,9 @@ def test_a_sweep_on_a_cluster_survives_the_death_of_a_worker(quick, cluster, tmp
 
 
 @pytest.mark.slow
-def test_the_command_line_sweeps_on_a_cluster(quick, cluster, tmp_path, monkeypatch):
+def test_the_command_line_sweeps_on_a_cluster_also_of_one_worker(quick, cluster, tmp_path, monkeypatch):
+    cluster.scale(1)
+    wait_until(lambda: len(cluster.scheduler_info["workers"]) == 1)
     monkeypatch.setitem(presets.PRESETS, "tiny", quick)
     monkeypatch.setattr(experiments, "run_win_rate", stages.run_win_rate)
     arguments = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "--beta", "0.1", "0.5", "--out"]
