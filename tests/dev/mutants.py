@@ -11,16 +11,22 @@ import ast
 import collections
 import json
 import os
-import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read once, by what is imported next, but for the forks
+
+import pytest  # noqa: E402
+import scipy.stats  # noqa: E402, F401
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # a mutant may well run for ever; then it is caught
@@ -31,7 +37,11 @@ class Mutant(NamedTuple):
     definition: str  # qualified name: a function, Class.method, function.inner, a class or a module's variable
     text: str
     replacement: str
-    tests: str  # the files of tests/ that should notice, the quickest first
+    tests: str  # the files tests/test_*.py that should notice, the quickest first
+
+    @property
+    def files(self) -> list[str]:
+        return [f"tests/test_{name}.py" for name in self.tests.split()]
 
 
 # fmt: off
@@ -191,7 +201,10 @@ def definitions(tree: ast.Module) -> dict[str, list[ast.stmt]]:
 
 
 def mutated(package: Path, mutant: Mutant) -> tuple[Path, str]:
-    """The module that the mutant changes, relative to the package, and its new source."""
+    """The file that the mutant changes and its new source."""
+    missing = [file for file in mutant.files if not (package.parent / file).is_file()]
+    if missing:
+        raise NotApplicable(f"there is no {', '.join(missing)}")
     found, places = False, []
     for path in sorted(package.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -203,7 +216,7 @@ def mutated(package: Path, mutant: Mutant) -> tuple[Path, str]:
             for start, end in ((first, doc.lineno - 1), (doc.end_lineno, last)) if doc else ((first, last),):
                 code = "".join(lines[start:end])
                 changed = "".join(lines[:start]) + code.replace(mutant.text, mutant.replacement) + "".join(lines[end:])
-                places += [(path.relative_to(package), changed)] * code.count(mutant.text)
+                places += [(path, changed)] * code.count(mutant.text)
     if len(places) != 1:
         raise NotApplicable(
             f"{mutant.text!r} is {len(places)} times in {mutant.definition}" if found else f"there is no {mutant.definition}"
@@ -215,50 +228,44 @@ def mutated(package: Path, mutant: Mutant) -> tuple[Path, str]:
     return places[0]
 
 
-def test_files(checkout: Path, names: str) -> list[str]:
-    files = [f"tests/test_{name}.py" for name in names.split()]
-    missing = [file for file in files if not (checkout / file).is_file()]
-    if missing:
-        raise NotApplicable(f"there is no {', '.join(missing)}")
-    return files
+class Trial:
+    """One run of pytest in a fork of this process, which has loaded the large libraries, so that a mutant takes a second."""
 
+    def __init__(self, checkout: Path, files: list[str], thorough: bool = False):
+        self.began, self.log = time.monotonic(), checkout / "pytest.log"
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            os.setsid()
+            os.chdir(checkout)
+            os.environ["PYTHONPATH"] = sys.path[0] = str(checkout)  # also for the processes that tests start
+            sys.dont_write_bytecode = True
+            with open(self.log, "wb") as log:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+            status = pytest.main([*options, *files])
+            if thorough and status == 0:
+                command = [sys.executable, "-m", "pytest", *options, "tests", *(f"--ignore={file}" for file in files)]
+                status = subprocess.call(command)
+            sys.stdout.flush()
+            os._exit(int(status))
+        finally:
+            os._exit(99)
 
-def pytest(checkout: Path, files: list[str]) -> str:
-    """The first test that fails, or "" where all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *files]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    output = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        status = process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait()
-        return f"no end after {SECONDS} s"
-    output.seek(0)
-    said = output.read()
-    if status == 0:
-        return ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-    if not failed:
-        raise RuntimeError(f"pytest ended with {status}: {said[-2000:]}")
-    return failed[1].removeprefix("tests/")
-
-
-def verdict(mutant: Mutant, checkout: Path, thorough: bool) -> dict:
-    began, result = time.monotonic(), {"name": mutant.name, "definition": mutant.definition}
-    try:
-        (path, source), files = mutated(checkout / "pdpo", mutant), test_files(checkout, mutant.tests)
-    except NotApplicable as reason:
-        return result | {"verdict": "NOT APPLICABLE", "by": str(reason), "seconds": 0.0}
-    original = (checkout / "pdpo" / path).read_bytes()
-    try:
-        (checkout / "pdpo" / path).write_text(source, encoding="utf-8")
-        by = pytest(checkout, files) or (thorough and pytest(checkout, ["tests", *(f"--ignore={file}" for file in files)]))
-    finally:
-        (checkout / "pdpo" / path).write_bytes(original)
-    seconds = round(time.monotonic() - began, 1)
-    return result | {"verdict": "caught" if by else "SURVIVED", "by": by or mutant.tests, "seconds": seconds}
+    def ended(self) -> bool:
+        late = time.monotonic() > self.began + SECONDS
+        if late:
+            os.killpg(self.pid, signal.SIGKILL)
+        pid, status = os.waitpid(self.pid, 0 if late else os.WNOHANG)
+        if pid:
+            said = self.log.read_text(encoding="utf-8", errors="replace")
+            failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.MULTILINE)
+            self.seconds = round(time.monotonic() - self.began, 1)
+            self.passed = status == 0
+            self.failed = "no end" if late else failed[1] if failed else f"exit status {os.waitstatus_to_exitcode(status)}"
+        return bool(pid)
 
 
 def main() -> int:
@@ -271,39 +278,49 @@ def main() -> int:
     chosen = [each for each in MUTANTS if not options.only or any(part in each.name for part in options.only)]
     if not chosen or options.j < 1:
         parser.error(f"expected -j of at least 1 and --only of some of: {', '.join(each.name for each in MUTANTS)}")
+    results = []
+
+    def report(mutant: Mutant, verdict: str, by: str, seconds: float = 0.0) -> None:
+        results.append(mutant._asdict() | {"verdict": verdict, "by": by, "seconds": seconds})
+        print(f"{verdict:14} {seconds:6.1f} s  {mutant.name}  ({by})", flush=True)
+
     with tempfile.TemporaryDirectory(prefix="pdpo-mutants-") as folder:
-        copies: queue.Queue[Path] = queue.Queue()
-        for number in range(options.j):
-            skipped = shutil.ignore_patterns(".git", ".venv", "runs", "figures", "__pycache__", ".*_cache")
-            copies.put(Path(shutil.copytree(ROOT, Path(folder) / str(number), ignore=skipped)))
-        print("first the tests as they are ...", flush=True)
-        copy = copies.get()
-        named = sorted({f"tests/test_{name}.py" for each in chosen for name in each.tests.split()})
-        failed = pytest(copy, [file for file in named if (copy / file).is_file()])
-        if failed:
-            print(f"{failed} fails without any mutation: mend it first, else nothing can be told")
+        skipped = shutil.ignore_patterns(".git", ".venv", "runs", "figures", "__pycache__", ".*_cache")
+        copies = [Path(shutil.copytree(ROOT, Path(folder) / str(number), ignore=skipped)) for number in range(options.j)]
+        unbroken = Trial(copies[0], sorted({file for each in chosen for file in each.files if (ROOT / file).is_file()}))
+        while not unbroken.ended():
+            time.sleep(0.1)
+        if not unbroken.passed:
+            print(f"{unbroken.failed} fails without any mutation: mend that first, else nothing can be told")
             return 2
-        copies.put(copy)
-
-        def judge(mutant: Mutant) -> dict:
-            copy = copies.get()
-            try:
-                result = verdict(mutant, copy, options.thorough)
-            finally:
-                copies.put(copy)
-            print("{verdict:14} {seconds:6.1f} s  {name}  ({by})".format_map(result), flush=True)
-            return result
-
-        with ThreadPoolExecutor(options.j) as pool:
-            results = list(pool.map(judge, chosen))
-    counts = collections.Counter(each["verdict"] for each in results)
-    print(
-        f"{counts['caught']} of {len(results)} caught, {counts['SURVIVED']} survived, {counts['NOT APPLICABLE']} not applicable"
-    )
+        print(f"the tests pass as they are ({unbroken.seconds} s)", flush=True)
+        waiting, running = chosen[::-1], {}
+        while waiting or running:
+            while waiting and copies:
+                mutant, copy = waiting.pop(), copies.pop()
+                try:
+                    path, source = mutated(copy / "pdpo", mutant)
+                except NotApplicable as reason:
+                    report(mutant, "NOT APPLICABLE", str(reason))
+                    copies.append(copy)
+                    continue
+                original = path.read_bytes()
+                path.write_text(source, encoding="utf-8")
+                running[Trial(copy, mutant.files, options.thorough)] = (mutant, copy, path, original)
+            for trial in [each for each in running if each.ended()]:
+                mutant, copy, path, original = running.pop(trial)
+                path.write_bytes(original)
+                copies.append(copy)
+                verdict = ("SURVIVED", mutant.tests) if trial.passed else ("caught", trial.failed)
+                report(mutant, *verdict, trial.seconds)
+            time.sleep(0.05)
+    score = collections.Counter(each["verdict"] for each in results)
+    print(f"{score['caught']} of {len(results)} caught, {score['SURVIVED']} survived, {score['NOT APPLICABLE']} not applicable")
     if options.out:
-        options.out.write_text(json.dumps({"score": counts, "mutants": results}, indent=1) + "\n", encoding="utf-8")
-    return 0 if counts["caught"] == len(results) else 1
+        options.out.write_text(json.dumps({"score": score, "mutants": results}, indent=1) + "\n", encoding="utf-8")
+    return 0 if score["caught"] == len(results) else 1
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())
