@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read once, by what is imported next, but for the forks
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval takes seconds to load
 
 import pytest  # noqa: E402
 import scipy.stats  # noqa: E402, F401
@@ -128,9 +128,9 @@ MUTANTS = [Mutant(*each) for each in (
     ("rate: falls to zero", "learning_rate", "0.1 + 0.9 * 0.5", "0.0 + 1.0 * 0.5", "training"),
     ("batches: seed ignored", "batch_indices", "1_000_003 * seed + epoch", "epoch", "training"),
     ("batches: every epoch alike", "batch_indices", "* seed + epoch", "* seed", "training"),
-    ("resume: a step is skipped", "train", 'range(history[-1]["step"], config.steps)', 'range(history[-1]["step"] + 1, config.steps)', "trees training"),
-    ("resume: optimizer begins anew", "train", 'optimizer.load_state_dict(state["optimizer"])', "pass", "trees training"),
-    ("resume: RNG not restored", "train", 'torch.set_rng_state(state["rng"])', "pass", "trees training"),
+    ("resume: a step is skipped", "train", 'range(history[-1]["step"], config.steps)', 'range(history[-1]["step"] + 1, config.steps)', "training"),
+    ("resume: optimizer begins anew", "train", 'optimizer.load_state_dict(state["optimizer"])', "pass", "training"),
+    ("resume: RNG not restored", "train", 'torch.set_rng_state(state["rng"])', "pass", "training"),
     ("resume: another config's checkpoint", "load_checkpoint", "if differences:", "if not saved:", "training"),
     # sampling
     ("sample: padding is seen", "_extend", "attention_mask[row, longest - len(ids) :] = 1", "attention_mask[row] = 1", "sampling"),
