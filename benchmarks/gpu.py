@@ -170,8 +170,8 @@ def _full_preset(rows: dict[str, list[dict]]) -> list[dict]:
     preset, facts = PRESETS[PRESET], {row["what"]: row["value"] for row in rows["setup"]}
     fast = [row for row in rows["preference"] if row["path"] == "fast" and row["template"] == "pdpo" and "failed" not in row]
     of_sft = {row["precision"]: row for row in rows["sft"] if row["path"] == "fast" and "failed" not in row}
-    small = min(abs(row["pairs"] - preset.preference_batch_size) for row in fast)
-    of_pairs = {row["precision"]: row for row in fast if abs(row["pairs"] - preset.preference_batch_size) == small}
+    small = min(abs(row["pairs"] - preset.preference.batch_size) for row in fast)
+    of_pairs = {row["precision"]: row for row in fast if abs(row["pairs"] - preset.preference.batch_size) == small}
     largest = {row["precision"]: row for row in fast if row["pairs"] == max(row["pairs"] for row in fast)}
     share = {key: row["FLOP"] / row["s/step"] / facts[f"FLOP/s of a matrix product, {key}"] for key, row in largest.items()}
 
@@ -191,7 +191,7 @@ def _full_preset(rows: dict[str, list[dict]]) -> list[dict]:
     num_runs, num_win_rates = 2 * len(preset.betas), 3 * len(preset.temperatures) + 2 * (len(preset.betas) - 1)
     win_rate = statistics.median(seconds for (name, _), seconds in stages.items() if name.startswith("win_rate"))
     reward = next(seconds for (name, _), seconds in stages.items() if name.startswith("reward_model"))
-    passes = 2 * facts["training pairs"] / preset.preference_batch_size / 3  # reference and reward model: forward alone
+    passes = 2 * facts["training pairs"] / preset.preference.batch_size / 3  # reference and reward model: forward alone
     answer = []
     for where, host, sft_step, step in (
         ("here", 1.0, of_sft[facts["precision"]]["s/step"], of_pairs[facts["precision"]]["s/step"]),
@@ -199,12 +199,12 @@ def _full_preset(rows: dict[str, list[dict]]) -> list[dict]:
     ):
         seconds = {}
         for name, count, steps, each in (
-            ("sft", 1, preset.sft_steps, sft_step),
-            ("preference", num_runs, preset.preference_steps, step),
+            ("sft", 1, preset.sft.steps, sft_step),
+            ("preference", num_runs, preset.preference.steps, step),
         ):
             of_stage, here = ("sft", of_sft) if name == "sft" else ("dpo-beta0.1", of_pairs)
             fixed, measurement = fixed_and_measurement(of_stage, here[facts["precision"]]["s/step"])
-            seconds[name] = count * (host * (fixed + (preset.num_evaluations + 1) * measurement) + steps * each)
+            seconds[name] = count * (host * (fixed + (preset.preference.num_evaluations + 1) * measurement) + steps * each)
         seconds["win rates and reward model"] = host * (num_win_rates * win_rate + reward) + passes * step
         answer.append(
             {"where": where, "s an SFT step": sft_step, "s a preference step": step}

@@ -136,12 +136,12 @@ def training(work: Work) -> Iterator[dict]:
     """Does `train` go through in each precision, and how many steps does float16's scaler leave out?"""
     preset, steps = work.preset, work.either(40, 4)
     tokenizer = load_tokenizer(preset)
-    records = load_preferences(preset.data)[: steps * preset.preference_batch_size]
+    records = load_preferences(preset.data)[: steps * preset.preference.batch_size]
 
     def measure(precision: str) -> dict:
         policy = load_policy(preset).to(device())
         rows = with_reference_logps(policy, pair_rows(tokenizer, records), micro_batch_size=16, precision=precision)
-        config = TrainConfig("dpo", steps, preset.preference_batch_size, preset.preference_lr, beta=BETA, precision=precision)
+        config = TrainConfig("dpo", steps, preset.preference.batch_size, preset.preference.lr, beta=BETA, precision=precision)
         began = clock()
         history = train(policy, rows, config, show_progress=False)[1:]
         seconds = (clock() - began) / steps
@@ -226,7 +226,7 @@ def memory(work: Work) -> Iterator[dict]:
 def sft(work: Work) -> Iterator[dict]:
     """How long does an SFT step take?"""
     policy, tokenizer = loaded(work)
-    size = work.either(work.preset.sft_batch_size, 4)
+    size = work.either(work.preset.sft.batch_size, 4)
     batches = [[Row(row.sequences[:1]) for row in pair_rows(tokenizer, records)] for records in batches_of(work, size)]
     for precision, path in itertools.product(PRECISIONS, PATHS):
         config = TrainConfig("sft", 1, size, LR, micro_batch_size=size, precision=precision)
@@ -325,7 +325,7 @@ def checkpoint(work: Work) -> Iterator[dict]:
         killed = f"killed{deterministic:d}"
         process, saved, writing = start(killed, 0.0, deterministic), work.folder / killed / "checkpoint.pt", None
         while not saved.exists() and process.is_alive():
-            if writing is None and list(saved.parent.glob(".*partial*")):
+            if writing is None and list(saved.parent.glob(".checkpoint.pt.*")):
                 writing = time.monotonic()
             time.sleep(0.002)
         seconds = time.monotonic() - (writing or time.monotonic())
@@ -448,7 +448,7 @@ def checkpointed_run(work: Work, folder: Path, every: float, deterministic: bool
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     folder.mkdir(exist_ok=True)
     saved = folder / "checkpoint.pt"
-    before = torch.load(saved, weights_only=True, mmap=True)["step"] if saved.exists() else 0
+    before = torch.load(saved, weights_only=True, mmap=True)["history"][-1]["step"] if saved.exists() else 0
     preset, size = work.preset, work.either(8, 2)
     policy, tokenizer = loaded(work)
     rows = pair_rows(tokenizer, load_preferences(preset.data)[: 4 * size])
@@ -462,7 +462,7 @@ def checkpointed_run(work: Work, folder: Path, every: float, deterministic: bool
 
 
 def torchrun_worker(work: Work) -> dict:
-    """The same step alone and as one process of a group, whose gradients and objects pass through its backend."""
+    """The same step alone and as one process of a group, through whose backend a message of the gradients' size and objects pass."""
     claim_gpu()
     backend = "nccl" if on_cuda() else "gloo"
     torch.distributed.init_process_group(backend)
@@ -471,9 +471,9 @@ def torchrun_worker(work: Work) -> dict:
         policy, tokenizer = loaded(work)
         rows = rows or with_reference_logps(policy, pair_rows(tokenizer, batches_of(work, 8)[0]), micro_batch_size=16)
         if name == "in a group":
-            replica = torch.nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-            replica.broadcast_buffers, replica.config, replica.dtype = False, policy.config, policy.dtype
-            policy = replica
+            flat = torch.cat([each.detach().flatten() for each in policy.parameters()])  # as large as what sum_gradients sends
+            torch.distributed.all_reduce(flat)
+            changed = float((flat - torch.cat([each.detach().flatten() for each in policy.parameters()])).abs().max())
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, fused=True)
         config = TrainConfig("dpo", 1, 8, LR, beta=BETA, micro_batch_size=16)
         results[name] = [train_step(policy, optimizer, rows, config, logps_of=shared_policy_logps) for _ in range(3)]
@@ -482,7 +482,7 @@ def torchrun_worker(work: Work) -> dict:
     torch.distributed.destroy_process_group()
     differences = [max(abs(a[key] - b[key]) for a, b in zip(*results.values(), strict=True)) for key in ("loss", "grad_norm")]
     return {"backend": backend, "device": str(device()), "objects came through": gathered == results["in a group"][-1:],
-            "losses differ by": differences[0], "gradient norms by": differences[1]}  # fmt: skip
+            "all_reduce changed by": changed, "losses differ by": differences[0], "gradient norms by": differences[1]}  # fmt: skip
 
 
 if __name__ == "__main__":  # started by torchrun

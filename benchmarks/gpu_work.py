@@ -30,24 +30,16 @@ from transformers import PreTrainedTokenizerFast
 # The package: every name of it that the parts use comes in here.
 import pdpo.__main__ as command_line
 from pdpo import encoding
+from pdpo.checkpoint import fitting_micro_batch
 from pdpo.data import load_preferences
+from pdpo.device import autocast, device
 from pdpo.distributed import claim_gpu
 from pdpo.encoding import Encoded, encode_records
 from pdpo.losses import dpo_loss
 from pdpo.models import load_policy, load_tokenizer, with_float32_head, with_fused_gelu
-from pdpo.presets import PRESETS, device, get_preset
+from pdpo.presets import PRESETS, TrainConfig, get_preset
 from pdpo.sampling import sample
-from pdpo.training import (
-    Row,
-    TrainConfig,
-    autocast,
-    fitting_micro_batch,
-    policy_logps,
-    shared_policy_logps,
-    train,
-    train_step,
-    with_reference_logps,
-)
+from pdpo.training import Row, policy_logps, shared_policy_logps, train, train_step, with_reference_logps
 from pdpo.trees import build_tree
 
 PRESET = "gpt2-medium"
