@@ -119,7 +119,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
         ValueError: shapes that differ, non-finite scores, alpha < 0 or not finite, an unknown scale,
             scores <= 0 under "log_ratio".
     Source:
-        Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
+        Amini 2024, arXiv:2402.10571, Eq. 15; the log: Section 6.1; the others: Section 7.1. Differs: Eq. 15 has the same f of
+        the difference only, while "log_ratio" (Section 7.1) takes each score by itself; the rule for ties and flipped pairs is ours.
     """
     if chosen_scores.shape != rejected_scores.shape:
         raise ValueError(

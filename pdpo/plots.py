@@ -2,6 +2,8 @@
 
 import csv
 import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -74,6 +76,29 @@ def figures_dir() -> Path:
     checkout = Path(__file__).resolve().parent.parent
     default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "figures"
     return Path(os.environ.get("PDPO_FIGURES_DIR") or default)
+
+
+def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
+    """A slider that redraws a figure; a figure at `start` where ipywidgets is missing or PDPO_STATIC is set.
+
+    Args:
+        draw: called with one value; makes a figure with `plt.subplots`.
+        values: the slider's positions, in order; what `draw` is called with.
+        start: the first position, one of values.
+        label: the slider's name, with its unit.
+    Raises:
+        ValueError: start is not one of values.
+    """
+    if start not in values:
+        raise ValueError(f"slider: expected start to be one of the values, got {start!r}. Pass one of {list(values)}.")
+    if os.environ.get("PDPO_STATIC") or find_spec("ipywidgets") is None:
+        draw(start)
+        return
+    import ipywidgets  # an optional extra: everything else works without
+
+    style = {"description_width": "initial"}
+    control = ipywidgets.SelectionSlider(options=list(values), value=start, description=label, style=style)
+    ipywidgets.interact(lambda value: draw(value), value=control)
 
 
 def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
