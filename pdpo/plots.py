@@ -174,6 +174,35 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     return figure, rows
 
 
+ROAD = [
+    ("data", "prompts with\nranked responses", "notebooks 00, 14"),
+    ("SFT", "imitate\nthe responses", "notebook 06"),
+    ("pairs", "chosen, rejected;\na model of choices", "notebooks 01, 02"),
+    ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03 to 05, 07"),
+    ("samples", "ask the policies\nnew prompts", "notebook 08"),
+    ("measures", "wins, score, KL,\nwith intervals", "notebooks 08, 09"),
+]
+
+
+def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
+    """The way from data to measures as boxes, with the notebooks that cover each; the figure and its rows.
+
+    Args:
+        title: the figure's claim.
+    """
+    figure, axes = plt.subplots(figsize=(11.0, 2.6))
+    for x, (name, what, notebooks) in enumerate(ROAD):
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": STYLES[0]["color"], "linewidth": 1.5}
+        axes.text(x, 1.0, name, ha="center", va="center", fontsize=11, fontweight="bold", bbox=box)
+        axes.text(x, 0.55, what, ha="center", va="center", fontsize=8.5)
+        axes.text(x, 0.15, notebooks, ha="center", va="center", fontsize=8.5, color=STYLES[1]["color"])
+        if x > 0:
+            axes.annotate("", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5})
+    axes.set(xlim=(-0.6, len(ROAD) - 0.4), ylim=(0.0, 1.3), title=title)
+    axes.axis("off")
+    return figure, [{"step": name, "what": what.replace("\n", " "), "notebooks": notebooks} for name, what, notebooks in ROAD]
+
+
 def by_seed(rows: list[dict], key: str) -> list[list[float]]:
     """rows[key] as one list a seed, each in the order of the rows."""
     seeds = dict.fromkeys(row["seed"] for row in rows)

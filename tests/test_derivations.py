@@ -73,7 +73,7 @@ CASES = [
     ("04", "for beta in (0.1, 0.3", "torch.full((5,), math.log(2))", "torch.full((5,), (1 + beta) * math.log(2))", "6.2: starts higher"),
     ("04", "step_errors = ", "loss_of_pair(i, j).item()) / (2 * step)", "loss_of_pair(i, j).item()) / step", "half the step forgotten"),
     ("04", "pull = {", "b * torch.sigmoid(-b", "torch.sigmoid(-b", "the gradient's prefactor without its beta"),
-    ("04", "pull[beta](200.0)", "torch.sigmoid(-b * torch.as_tensor(u))", "torch.relu(1 - torch.as_tensor(u) * b)", "a point at which pulling stops"),
+    ("04", "pull[beta](200.0)", "torch.sigmoid(-b * torch.as_tensor(u))", "torch.relu(1 - torch.as_tensor(u) * b)", "where pulling stops"),
     ("04", "entropy = ", "(p * forward + (1 - p) * backward)", "(p * forward)", "labels that never contradict each other"),
     ("04", "descents = {", "> few.scores[b]).double()", "> few.scores[b]).double() * 0.9 + 0.05", "score labels, one in twenty flipped"),
     # 04b
@@ -84,12 +84,12 @@ CASES = [
     ("04b", "step_up = ", "entropy(now - step_up)", "entropy(now + step_up)", "the report's entropy sign"),
     ("04b", "climbed = {}", "reward - others", "reward", "climbers without a baseline"),
     ("04b", "shifted_losses = ", "moved[torch.cat([w, l])] -= shift", "moved[w] -= shift", "only the chosen are pushed down"),
-    ("04b", "shifted_losses = ", "scores[w] > scores[l], w, l), torch", "scores[w] < scores[l], w, l), torch", "pairs not labelled by score"),
+    ("04b", "shifted_losses = ", "scores[w] > scores[l], w, l), torch", "scores[w] < scores[l], w, l), torch", "the worse one chosen"),
     # 05
     ("05", "def plain_odpo", "(margin - offset)", "margin", "the offset does not shift the argument"),
     ("05", "def plain_odpo", "torch.log(score_w - score_l)", "(score_w - score_l)", "the offset loses its log"),
     ("05", "def plain_odpo", "margin = beta * (policy_w", "margin = (policy_w", "the margin loses a beta"),
-    ("05", "def under_the_sigmoid", "torch.sigmoid(margins - offset)", "torch.sigmoid(margins + offset)", "the curve shifted the wrong way"),
+    ("05", "def under_the_sigmoid", "torch.sigmoid(margins - offset)", "torch.sigmoid(margins + offset)", "shifted the wrong way"),
     ("05", "def softmax_margin", "torch.exp(reward_l + cost)", "torch.exp(reward_l)", "the cost is not added"),
     ("05", "def softmax_margin", "bonus=max(-offset", "bonus=-max(-offset", "a negative offset that charges the chosen"),
     ("05", "same_verdict = ", "1 + p_positive, 1 - (1 - p_positive)", "2 * p_positive, 2 * p_positive", "scores spread over all of (0, 2)"),
