@@ -95,7 +95,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
         alpha: strength >= 0; 0 is DPO.
         scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
-    Source: Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
+    Source: Amini 2024, arXiv:2402.10571, Eq. 15; the log: Section 6.1; the others: Section 7.1. Differs: Eq. 15 has the same f of
+        the difference only, while "log_ratio" (Section 7.1) takes each score by itself; the rule for ties and flipped pairs is ours.
     """
     if chosen_scores.shape != rejected_scores.shape:
         raise ValueError(

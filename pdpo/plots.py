@@ -1,5 +1,8 @@
 """Figures: the only module that imports matplotlib. Each is saved as PNG beside the CSV of the rows it was drawn from."""
 
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -62,6 +65,29 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
 def figures_dir() -> Path:
     """$PDPO_FIGURES_DIR, else figures/ of the checkout that this package runs from, else figures/ of the current folder."""
     return checkout_folder("figures", "PDPO_FIGURES_DIR")
+
+
+def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
+    """A slider that redraws a figure; a figure at `start` where ipywidgets is missing or PDPO_STATIC is set.
+
+    Args:
+        draw: called with one value; makes a figure with `plt.subplots`.
+        values: the slider's positions, in order; what `draw` is called with.
+        start: the first position, one of values.
+        label: the slider's name, with its unit.
+    Raises:
+        ValueError: start is not one of values.
+    """
+    if start not in values:
+        raise ValueError(f"slider: expected start to be one of the values, got {start!r}. Pass one of {list(values)}.")
+    if os.environ.get("PDPO_STATIC") or find_spec("ipywidgets") is None:
+        draw(start)
+        return
+    import ipywidgets  # an optional extra: everything else works without
+
+    style = {"description_width": "initial"}
+    control = ipywidgets.SelectionSlider(options=list(values), value=start, description=label, style=style)
+    ipywidgets.interact(lambda value: draw(value), value=control)
 
 
 def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
@@ -133,6 +159,37 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     grid[1, 0].legend(fontsize=8)
     figure.suptitle(f"{title}\n(line: mean over seeds; band: their range)", fontsize=11)
     return figure, rows
+
+
+ROAD = [
+    ("data", "prompts with\nranked responses", "notebooks 00, 14"),
+    ("SFT", "imitate\nthe responses", "notebook 06"),
+    ("pairs", "chosen, rejected;\na model of choices", "notebooks 01, 02"),
+    ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03 to 05, 07"),
+    ("samples", "ask the policies\nnew prompts", "notebook 08"),
+    ("measures", "wins, score, KL,\nwith intervals", "notebooks 08, 09"),
+]
+
+
+def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
+    """The way from data to measures as boxes, with the notebooks that cover each; the figure and its rows.
+
+    Args:
+        title: the figure's claim.
+    """
+    figure, axes = plt.subplots(figsize=(11.0, 2.6))
+    for x, (name, what, notebooks) in enumerate(ROAD):
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": STYLES[0]["color"], "linewidth": 1.5}
+        axes.text(x, 1.0, name, ha="center", va="center", fontsize=11, fontweight="bold", bbox=box)
+        axes.text(x, 0.55, what, ha="center", va="center", fontsize=8.5)
+        axes.text(x, 0.15, notebooks, ha="center", va="center", fontsize=8.5, color=STYLES[1]["color"])
+        if x > 0:
+            axes.annotate(
+                "", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5}
+            )
+    axes.set(xlim=(-0.6, len(ROAD) - 0.4), ylim=(0.0, 1.3), title=title)
+    axes.axis("off")
+    return figure, [{"step": name, "what": what.replace("\n", " "), "notebooks": notebooks} for name, what, notebooks in ROAD]
 
 
 def by_seed(rows: list[dict], key: str) -> list[list[float]]:

@@ -21,7 +21,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval takes seconds to load
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}  # nbval takes seconds to load
 
 import pytest  # noqa: E402
 import scipy.stats  # noqa: E402, F401
