@@ -136,14 +136,14 @@ def work(job: str, threads: int, **task) -> dict:
     return (time_trl if kind == "trl" else time_pdpo)(setting, clock, task["folder"], task["steps"], task["pairs"])
 
 
-def prepare(folder: str, shape: str) -> dict:
-    """Random weights in GPT-2's architecture, with GPT-2's vocabulary, in a local folder."""
+def prepare(folder: str, shape: str, **more) -> dict:
+    """Random weights in GPT-2's architecture, with GPT-2's vocabulary or what more of its config says, in a local folder."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers, heads = SHAPES[shape]
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads, **more)).save_pretrained(folder)
     return {}
 
 
@@ -250,6 +250,12 @@ def time_pdpo(path: str, clock, folder: str, steps: int, pairs: int) -> dict:
 
 
 def time_trl(setting: dict, clock, folder: str, steps: int, pairs: int) -> dict:
+    records = [record for batch in batches(steps, pairs) for record in batch]
+    return trl_steps(setting, clock, folder, records, tokenizer_of(folder), pairs)
+
+
+def trl_steps(setting: dict, clock, folder: str, records: list, tokenizer, pairs: int) -> dict:
+    """One step of TRL's trainer for every `pairs` records, in their order, in this process and under `encoding.TEMPLATE`."""
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -259,7 +265,8 @@ def time_trl(setting: dict, clock, folder: str, steps: int, pairs: int) -> dict:
     from pdpo.encoding import TEMPLATE
 
     class Clock(TrainerCallback):
-        seconds, losses = [], []
+        def __init__(self):
+            self.seconds, self.losses = [], []
 
         def on_step_begin(self, *arguments, **more):
             self.began = clock()
@@ -276,25 +283,24 @@ def time_trl(setting: dict, clock, folder: str, steps: int, pairs: int) -> dict:
         def on_train_begin(self, *arguments, **more):
             reset_peak()
 
-    records = [record for batch in batches(steps, pairs) for record in batch]
     rows = [{"prompt": TEMPLATE.format(prompt=r.prompt), "chosen": r.chosen, "rejected": r.rejected} for r in records]
     arguments = DPOConfig(
-        output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", logging_steps=1, max_steps=steps, beta=BETA,
+        output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", logging_steps=1, max_steps=len(records) // pairs, beta=BETA,
         per_device_train_batch_size=pairs, learning_rate=LR, lr_scheduler_type="constant", adam_beta1=BETAS[0],
         adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=1.0, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
         **setting,
     )  # fmt: skip
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy, times = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), Clock()
     trainer = DPOTrainer(
         policy,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer_of(folder),
-        callbacks=[Clock()],
+        processing_class=tokenizer,
+        callbacks=[times],
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
     trainer.train()
-    return {"seconds": Clock.seconds, "losses": Clock.losses, "peak_gib": peak_gib()}
+    return {"seconds": times.seconds, "losses": times.losses, "peak_gib": peak_gib()}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The command line: `run` executes the notebooks, `train` trains on a preference file, `sweep` for every beta, `export-trl` hands over."""
+"""run executes the notebooks; train and sweep train on a preference file; export-trl hands over to TRL; runs lists what is kept."""
 
 import argparse
 import contextlib
 import io
 import itertools
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -13,10 +14,11 @@ from pathlib import Path
 import joblib
 
 from pdpo import data, experiments
-from pdpo.device import device
+from pdpo.device import device, end_children
 from pdpo.distributed import is_leader, launch_rank, launched, process_group
-from pdpo.files import check_new_folder, replacing, write_csv
+from pdpo.files import check_new_folder, check_writable, disk_trouble, replacing, write_csv
 from pdpo.presets import METHODS, PRESETS, Preset, get_preset
+from pdpo.stages import runs_dir
 from pdpo.statistics import bootstrap_interval, with_interval
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
@@ -53,19 +55,30 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
     export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     export.add_argument("--seed", type=int, default=0)
+    runs = commands.add_parser("runs", help="what is kept in runs/, and whether it is current")
+    runs.add_argument("--prune", action="store_true", help="remove what is not current, after a question")
+    for each in commands.choices.values():
+        each.add_argument("--debug", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
-    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}[options.command]
+    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl, "runs": _runs}[options.command]
+    with contextlib.suppress(ValueError):  # not in the main thread, as in some tests
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.redirect_stdout(io.StringIO()) if launch_rank() > 0 else contextlib.nullcontext():
             return command(options)
-    except ValueError as error:
-        if launch_rank() > 0:
-            time.sleep(5)  # where process 0 says the same, torchrun meanwhile ends this one
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
+        end_children()
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        end_children()
+        text = str(error) if isinstance(error, ValueError) else disk_trouble(error)
+        if options.debug or not text:
+            raise
+        if launch_rank() > 0:
+            time.sleep(5)  # where process 0 says the same, torchrun meanwhile ends this one
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
 
 
 def _training() -> argparse.ArgumentParser:
@@ -88,6 +101,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if run_notebooks(preset, options.notebooks, jobs=options.jobs, save=options.save) else 1
 
 
+def _runs(options: argparse.Namespace) -> int:
+    from pdpo.kept import print_kept
+
+    print_kept(options.prune)
+    return 0
+
+
 def _preset(options: argparse.Namespace) -> Preset:
     """The preset that the options of `_training` ask for."""
     preset = get_preset(options.preset or ("gpt2-medium" if device().type == "cuda" else "small"))
@@ -103,10 +123,24 @@ def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[i
     records = data.load_preferences(preset.data)
     for method, beta, seed in itertools.product(methods, betas, seeds):
         replace(preset.preference, method=method, beta=None if method == "sft" else beta, seed=seed)
+    check_writable(runs_dir() / preset.name, num_bytes=_num_bytes(preset, len(methods) * len(betas) * len(seeds) + len(seeds)))
     experiments.start(preset)
     parts = data.load_split(preset.data)
+    if len({record.prompt for record in parts[2]}) < 2:
+        raise ValueError(
+            f"{preset.data}: expected rows enough for at least 2 prompts to test on, got {len(records)} rows, of which "
+            f"{len(parts[2])} would be tested on. An interval needs two; a result that says something needs a hundred."
+        )
     print("prompts of {} rows: {} to train on, {} to watch, {} to test".format(len(records), *map(len, parts)))
     return records
+
+
+def _num_bytes(preset: Preset, num_runs: int) -> int:
+    """About how much that many runs write: their weights, and of one of them two checkpoints of weights and Adam's numbers."""
+    weights = 4 * (preset.embedding * (preset.vocab_size + preset.context) + 12 * preset.layers * preset.embedding**2)
+    if preset.model is not None:  # a hub's is not known before it is there
+        weights = sum(file.stat().st_size for file in Path(preset.model).glob("*.safetensors"))
+    return weights * (num_runs + 6)
 
 
 @process_group()
@@ -146,8 +180,10 @@ def _sweep(options: argparse.Namespace) -> int:
             "sweep: expected to be started without torchrun, which is for one policy on several GPUs. `python -m pdpo sweep` gives "
             "each GPU of this machine runs of its own; for those of other machines, see --scheduler."
         )
-    if options.out is not None and options.out.exists():
-        raise ValueError(f"{options.out}: expected a new file, got one that exists. Choose another name.")
+    if options.out is not None:
+        if options.out.exists():
+            raise ValueError(f"{options.out}: expected a new file, got one that exists. Choose another name.")
+        check_writable(options.out)
     preset = _preset(options)
     betas, seeds = dict.fromkeys(options.beta or preset.betas), dict.fromkeys(options.seeds)
     _start(preset, options.method, betas, seeds)
@@ -172,19 +208,22 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
 def _cluster(address: str | None):
-    """A context in which `run_all` sends its runs to the Dask scheduler at this address; without one, nothing changes."""
+    """Within it `run_all` sends its runs to the Dask scheduler at this address; without one, nothing changes."""
     if address is None:
-        return contextlib.nullcontext()
+        yield
+        return
     try:
         from dask.distributed import Client
 
-        Client(address, timeout="10s")  # becomes the one that joblib asks
+        client = Client(address, timeout="10s")
     except ImportError:
         raise ValueError('sweep: --scheduler needs Dask. Install it: pip install "distributed".') from None
     except (OSError, ValueError) as error:
         raise ValueError(f"sweep: no Dask scheduler answers at {address!r} ({error}). Is it running?") from None
-    return joblib.parallel_config(backend="dask")
+    with client, joblib.parallel_config(backend="dask"):
+        yield
 
 
 def _measurements(evaluation: experiments.Evaluation) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pdpo.distributed import is_leader, world_size
-from pdpo.files import replacing
+from pdpo.files import is_whole, replacing, seal, set_aside
 from pdpo.presets import TrainConfig
 
 
@@ -50,26 +50,22 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Writes `state` to `path`: a process killed at any moment leaves either the old checkpoint or the new one."""
     with replacing(path) as temporary:
         torch.save(state, temporary)
+        seal(temporary)
 
 
 def load_checkpoint(path: Path, config: dict) -> dict | None:
-    """The state saved at `path`, or None where there is none.
+    """The state saved at `path`; None where there is none, or where it is damaged and has been set aside.
 
     Args:
         path: as given to `save_checkpoint`.
-        config: of the run that wants to go on; compared with the saved one.
-    Raises:
-        ValueError: the configs differ (each differing field is named with its saved value and its value now), or the file
-            is not a checkpoint.
+        config: of the run that wants to go on; ValueError, naming each field that differs, where it is not the saved one.
     """
     if not path.exists():
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["config"]
-    except Exception as error:  # torch.load raises many types for a file that is not its own
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ValueError(f"{path}: expected a checkpoint, got a file that cannot be read ({reason}). Remove it.") from None
+    if not is_whole(path):
+        return set_aside(path, "this checkpoint is not what was written")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    saved = state["config"]
     now = json.loads(json.dumps(config))
     differences = [
         f"{field} (saved {saved.get(field)!r}, now {now.get(field)!r})"

@@ -26,8 +26,6 @@ class Preference:
         prompt: the instruction, without a template.
         responses: K texts, best first, no EOS; no white space around them.
         scores: K finite numbers, higher is better, or None.
-    Raises:
-        ValueError: fewer than two responses, an empty text, a score that is missing or not finite.
     """
 
     prompt: str
@@ -68,17 +66,12 @@ class Preference:
 def load_preferences(path_or_name: str | Path) -> list[Preference]:
     """The records of a named data set or of a file.
 
-    Args:
-        path_or_name: "toy" (embedded), "instructions", "imdb", "tldr" or "tldr-test" (found in $PDPO_DATA_DIR or the cache,
-            else downloaded; the last three by `read_scored`), or a .json file with a list of objects, or a .jsonl file with
-            an object a line. An object has one of the shapes
-            {prompt, chosen, rejected, [chosen_score, rejected_score]}          TRL's columns (score_chosen too)
-            {prompt, responses, [scores]}                                       best first
-            {instruction, [input], chosen, rejected}                            the `instructions` data set
-    Returns:
-        One Preference a row, in the file's order, duplicates kept; white space around texts stripped.
-    Raises:
-        ValueError: anything malformed, with file, row and key; nothing is half-read.
+    Args: path_or_name: "toy" (embedded), "instructions", "imdb", "tldr" or "tldr-test" (found in $PDPO_DATA_DIR or the cache,
+        else downloaded; the last three by `read_scored`), or a .json file with a list of objects, or a .jsonl file with an
+        object a line. An object has one of the shapes {prompt, chosen, rejected, [chosen_score, rejected_score]}          TRL's
+        columns (score_chosen too) {prompt, responses, [scores]}                                       best first {instruction,
+        [input], chosen, rejected}                            the `instructions` data set
+    Returns: One Preference a row, in the file's order, duplicates kept; white space around texts stripped.
     """
     if str(path_or_name) in SCORED_NAMES:
         return read_scored(locate(*SOURCES[str(path_or_name)]))[0]
@@ -106,14 +99,10 @@ def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
     nothing is joined: the one template puts a line break between prompt and response, and both are stripped, so that a text
     with the space and one without are the same text.
 
-    Args:
-        path: .jsonl with {prompt, text, reward} a line (`imdb`), or .json with {prompt: {responses, rewards}} (`tldr`).
-    Returns:
-        Records in the order of their prompts' first rows, best response first; and counts: empty (responses without text),
+    Args: path: .jsonl with {prompt, text, reward} a line (`imdb`), or .json with {prompt: {responses, rewards}} (`tldr`).
+    Returns: Records in the order of their prompts' first rows, best response first; and counts: empty (responses without text),
         repeated (rows merged with an equal text of their prompt, which keeps the mean score), alone (prompts left with one
         response), tied (prompts whose responses all score the same).
-    Raises:
-        ValueError: anything malformed, with file, row and key.
     """
     scores: dict[str, dict[str, list[float]]] = {}
     dropped = dict.fromkeys(("empty", "repeated", "alone", "tied"), 0)
@@ -151,10 +140,7 @@ def split(
         records: any; their order does not matter for which prompt goes where.
         seed: of the assignment.
         fractions: of the prompts, in the order train, validation, test; they sum to 1.
-    Returns:
-        Three lists, each in the order of `records`.
-    Raises:
-        ValueError: fractions that are negative or do not sum to 1; a part that would be empty though its fraction is not 0.
+    Returns: Three lists, each in the order of `records`.
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: expected three fractions >= 0 that sum to 1, got {fractions}.")
@@ -181,7 +167,10 @@ def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Prefere
 
     Records whose responses are all one text are left out (`data_report` counts them in what `load_preferences` gives).
     """
-    records = [record for record in load_preferences(path_or_name) if not identical(record)]
+    loaded = load_preferences(path_or_name)
+    records = [record for record in loaded if not identical(record)]
+    if not records:
+        raise ValueError(f"{path_or_name}: expected rows with different responses, got {len(loaded)} rows of equal ones.")
     if str(path_or_name) == "toy":
         return toy.split(records, seed=0)
     return split(records, seed=0)
@@ -194,8 +183,7 @@ def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed:
         records: K >= 2 responses each, best first.
         num_per_prompt: how many of the K(K-1)/2 pairs, drawn without replacement; None is all of them, each once.
         seed: of the draw.
-    Returns:
-        Pairs in the order of `records`; training shuffles them, so that those of one prompt spread over batches. Left out:
+    Returns: Pairs in the order of `records`; training shuffles them, so that those of one prompt spread over batches. Left out:
         pairs of one text twice, which teach nothing, and ties of a ranking with K > 2, whose order is an accident.
     """
     rng = random.Random(seed)
@@ -225,12 +213,11 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
         tokenizer: `load_tokenizer(preset)`, for lengths.
         max_length: tokens a sequence may have; None is the tokenizer's own limit.
         held_out: records to look for leaks in.
-    Returns:
-        rows, unique_prompts, duplicate_prompts (rows beyond the first of their prompt), identical (all responses one
-        text), tied and flipped (score of the first not above, or below, that of the last), truncated (rows whose prompt
-        loses tokens), too_long (rows with a response that does not fit: training refuses them), prompt_tokens,
-        best_tokens, worst_tokens and length_gap (means; gap = best - worst, in tokens), best_longer (share of rows in
-        which the best response has more tokens than the worst), leaked_prompts (also in held_out).
+    Returns: rows, unique_prompts, duplicate_prompts (rows beyond the first of their prompt), identical (all responses one
+        text), tied and flipped (score of the first not above, or below, that of the last), truncated (rows whose prompt loses
+        tokens), too_long (rows with a response that does not fit: training refuses them), prompt_tokens, best_tokens,
+        worst_tokens and length_gap (means; gap = best - worst, in tokens), best_longer (share of rows in which the best
+        response has more tokens than the worst), leaked_prompts (also in held_out).
     """
     limit = max_length or tokenizer.model_max_length
     prompts = Counter(record.prompt.strip() for record in records)

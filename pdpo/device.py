@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import psutil
 import torch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,8 +19,7 @@ def device() -> torch.device:
 def choose_precision(capability: tuple[int, int] | None = None) -> str:
     """bfloat16 on Ampere and later, float16 (with a loss scaler) on older GPUs such as the T4, float32 on the CPU.
 
-    Args:
-        capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine.
+    Args: capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine.
     """
     if capability is None:
         if not torch.cuda.is_available():
@@ -38,3 +38,10 @@ def autocast(device: torch.device, precision: str):
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_children() -> None:
+    """Kills all processes that this one has started, and theirs: kernels and workers that would outlive it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()

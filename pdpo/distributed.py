@@ -33,11 +33,7 @@ def launch_size() -> int:
 
 
 def claim_gpu() -> None:
-    """Makes the GPU that `device.device` names under torchrun what "cuda" means; without torchrun or GPU, nothing.
-
-    Raises:
-        ValueError: torchrun started more processes on this machine than it has GPUs.
-    """
+    """Makes the GPU that `device.device` names under torchrun what "cuda" means; without torchrun or GPU, nothing."""
     index = device().index
     if index is None:
         return

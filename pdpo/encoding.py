@@ -23,10 +23,18 @@ class Batch(NamedTuple):
     response_mask: Tensor
 
 
+def first_ids(tokenizer) -> list[int]:
+    """What the tokenizer begins every text with: [its BOS] for such as Llama's and Gemma's, [] for GPT-2's."""
+    ids = tokenizer("").input_ids[:1]
+    return ids if ids == [tokenizer.bos_token_id] else []
+
+
 def encode_prompt(tokenizer, prompt: str, *, max_length: int | None = None) -> list[int]:
-    """Token ids of the templated prompt; where there are more than max_length, the leftmost are dropped."""
+    """Token ids of the templated prompt; where there are more than max_length, the leftmost, BOS aside, are dropped."""
     ids = tokenizer(TEMPLATE.format(prompt=prompt.strip()), add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids if max_length is None else ids[-max_length:]
+    first = first_ids(tokenizer)
+    surplus = 0 if max_length is None else max(len(first) + len(ids) - max_length, 0)
+    return first[:max_length] + ids[surplus:]
 
 
 def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = None) -> Encoded:
@@ -36,12 +44,11 @@ def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = No
         tokenizer: a fast tokenizer of transformers.
         prompt, response: texts; white space around them is dropped. Special tokens spelled out in a text stay text.
         max_length: tokens in all; None is the tokenizer's own limit. What is too much is cut from the left of the prompt.
-    Returns:
-        Encoded. A token across the junction counts as the response's; this template's newline prevents that for GPT-2's.
-    Raises:
-        ValueError: the response, its EOS and one prompt token do not fit into max_length.
+    Returns: Encoded. A token across the junction counts as the response's; this template's newline prevents that for GPT-2's.
+    Raises: ValueError: the response, its EOS and one prompt token do not fit into max_length.
     """
-    return _cut(tokenizer, _tokenized(tokenizer, [(prompt, response)])[0], response, max_length)
+    whole = _tokenized(tokenizer, [(prompt, response)])
+    return _cut(whole, [response], max_length or tokenizer.model_max_length, len(first_ids(tokenizer)))[0]
 
 
 def _tokenized(tokenizer, texts: list[tuple[str, str]]) -> list[Encoded]:
@@ -51,22 +58,27 @@ def _tokenized(tokenizer, texts: list[tuple[str, str]]) -> list[Encoded]:
         [before + response.strip() for before, (_, response) in zip(templated, texts, strict=True)],
         add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
+    first = first_ids(tokenizer)
     return [
-        Encoded(ids + [tokenizer.eos_token_id], sum(end <= len(before) for _, end in offsets))
+        Encoded(first + ids + [tokenizer.eos_token_id], len(first) + sum(end <= len(before) for _, end in offsets))
         for ids, offsets, before in zip(joint.input_ids, joint.offset_mapping, templated, strict=True)
     ]
 
 
-def _cut(tokenizer, encoded: Encoded, response: str, max_length: int | None) -> Encoded:
-    limit = max_length or tokenizer.model_max_length
-    if not response_fits(encoded, limit):
-        raise ValueError(
-            f"encode: expected a response of at most {limit - 1} tokens with its EOS, got "
-            f"{len(encoded.input_ids) - encoded.num_prompt} for {response[:60]!r}. Responses are never cut: shorten it, drop the "
-            "row or raise max_length."
-        )
-    surplus = max(len(encoded.input_ids) - limit, 0)
-    return Encoded(encoded.input_ids[surplus:], encoded.num_prompt - surplus)
+def _cut(sequences: list[Encoded], responses, limit: int, num_first: int) -> list[Encoded]:
+    """The responses to one prompt in at most `limit` tokens each: one cut for all, so that the loss compares them given one x."""
+    for encoded, response in zip(sequences, responses, strict=True):
+        if not response_fits(encoded, limit):
+            raise ValueError(
+                f"encode: expected a response of at most {limit - 1} tokens with its EOS, got "
+                f"{len(encoded.input_ids) - encoded.num_prompt} for {response[:60]!r}. Responses are never cut: shorten it, drop "
+                "the row or raise max_length."
+            )
+    surplus = max(len(each.input_ids) for each in sequences) - limit
+    if surplus <= 0:
+        return sequences
+    num_first = min(num_first, min(each.num_prompt for each in sequences) - surplus)  # BOS stays where there is room for it
+    return [Encoded(ids[:num_first] + ids[num_first + surplus :], num_prompt - surplus) for ids, num_prompt in sequences]
 
 
 def response_fits(encoded: Encoded, max_length: int) -> bool:
@@ -78,10 +90,10 @@ def encode_records(tokenizer, records, *, max_length: int | None = None) -> list
     """Each record's K responses encoded; ValueError naming the rows (from 1) of responses that are too long."""
     texts = list(dict.fromkeys((record.prompt, text) for record in records for text in record.responses))
     tokenized = dict(zip(texts, _tokenized(tokenizer, texts), strict=True)) if texts else {}
-    rows, too_long = [], []
+    limit, num_first, rows, too_long = max_length or tokenizer.model_max_length, len(first_ids(tokenizer)), [], []
     for number, record in enumerate(records, 1):
         try:
-            rows.append([_cut(tokenizer, tokenized[record.prompt, text], text, max_length) for text in record.responses])
+            rows.append(_cut([tokenized[record.prompt, text] for text in record.responses], record.responses, limit, num_first))
         except ValueError as error:
             too_long.append((number, error))
     if too_long:
@@ -91,8 +103,8 @@ def encode_records(tokenizer, records, *, max_length: int | None = None) -> list
     return rows
 
 
-def collate(sequences: list[Encoded], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Right-pads sequences into one Batch. pad_id fills input_ids only: both masks come from the lengths."""
+def collate(sequences: list[Encoded], *, pad_id: int = 0, device: torch.device | str = "cpu") -> Batch:
+    """Right-pads sequences into one Batch. pad_id fills input_ids only, any will do: both masks come from the lengths."""
     longest = max(len(each.input_ids) for each in sequences)
     input_ids = torch.full((len(sequences), longest), pad_id)
     for row, each in enumerate(sequences):

@@ -39,16 +39,14 @@ def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 6
         policy, reference: causal language models with one vocabulary.
         samples: drawn from `policy` at temperature 1; at another temperature this is not the KL of the policy.
         batch_size: sequences in memory at a time, twice (both models).
-    Returns:
-        KLEstimates, in the order of `samples`.
-    Source:
-        k1 and k3: Schulman 2020, "Approximating KL divergence"; exact: the chain rule of relative entropy.
+    Returns: KLEstimates, in the order of `samples`.
+    Source: k1 and k3: Schulman 2020, "Approximating KL divergence"; exact: the chain rule of relative entropy.
     """
     policy.eval(), reference.eval()
     device = next(policy.parameters()).device
     results = torch.zeros(4, len(samples))
     for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
-        batch = collate([samples[i].encoded for i in rows], pad_id=policy.config.eos_token_id, device=device)
+        batch = collate([samples[i].encoded for i in rows], device=device)
         with autocast(device, precision):
             p, q = (
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits[:, :-1]
@@ -108,8 +106,7 @@ def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps
         features: (B, 2, D), chosen first (`last_hidden`).
         weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
         steps: of L-BFGS.
-    Returns:
-        (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
+    Returns: (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
     """
     scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
     weights = torch.zeros(features.shape[-1], requires_grad=True)

@@ -20,12 +20,8 @@ def optimal_policy_logps(reference_logps: Tensor, scores: Tensor, *, beta: float
         reference_logps: (..., N) nats, normalised.
         scores: (..., N) external scores r; a constant added to a row changes nothing.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns:
-        (..., N) nats, normalised.
-    Raises:
-        ValueError: beta <= 0, last dimensions that differ, or reference_logps that are not normalised.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 4.
+    Returns: (..., N) nats, normalised.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4.
     """
     _check("optimal_policy_logps", reference_logps, scores, beta=beta, normalised=[reference_logps])
     return (reference_logps + scores / beta).log_softmax(-1)
@@ -40,12 +36,8 @@ def log_partition(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Te
         reference_logps: (..., N) nats, normalised.
         scores: (..., N) external scores r.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns:
-        (...) nats.
-    Raises:
-        ValueError: beta <= 0, last dimensions that differ, or reference_logps that are not normalised.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 4 (the Z(x) in it).
+    Returns: (...) nats.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4 (the Z(x) in it).
     """
     _check("log_partition", reference_logps, scores, beta=beta, normalised=[reference_logps])
     return (reference_logps + scores / beta).logsumexp(-1)
@@ -59,10 +51,7 @@ def kl_divergence(p_logps: Tensor, q_logps: Tensor) -> Tensor:
     Args:
         p_logps: (..., N) nats, normalised; -inf where p is zero, which adds nothing to the sum.
         q_logps: (..., N) nats, normalised.
-    Returns:
-        (...) nats, >= 0 up to rounding; inf where p has mass and q has none.
-    Raises:
-        ValueError: last dimensions that differ, or log-probabilities that are not normalised.
+    Returns: (...) nats, >= 0 up to rounding; inf where p has mass and q has none.
     """
     _check("kl_divergence", p_logps, q_logps, normalised=[p_logps, q_logps])
     log_ratio = (p_logps - q_logps).masked_fill(p_logps == -torch.inf, 0.0)  # 0 log 0 is 0, not nan
@@ -79,12 +68,8 @@ def rlhf_objective(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor
         reference_logps: (..., N) nats, normalised.
         scores: (..., N) external scores r.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns:
-        (...) in units of the scores; to be maximised; at most beta * `log_partition`.
-    Raises:
-        ValueError: beta <= 0, last dimensions that differ, or log-probabilities that are not normalised.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 3, for one prompt.
+    Returns: (...) in units of the scores; to be maximised; at most beta * `log_partition`.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 3, for one prompt.
     """
     both = [policy_logps, reference_logps]
     _check("rlhf_objective", policy_logps, reference_logps, scores, beta=beta, normalised=both)
@@ -100,23 +85,15 @@ def implicit_scores(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
         policy_logps: (..., N) nats; carries the gradient. Any subset of the responses will do.
         reference_logps: (..., N) nats.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns:
-        (..., N) in units of the scores.
-    Raises:
-        ValueError: beta <= 0, or last dimensions that differ.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 5.
+    Returns: (..., N) in units of the scores.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 5.
     """
     _check("implicit_scores", policy_logps, reference_logps, beta=beta)
     return beta * (policy_logps - reference_logps)
 
 
 def all_responses(num_symbols: int, length: int) -> Tensor:
-    """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting.
-
-    Raises:
-        ValueError: fewer than 2 symbols, length < 1, or more than 10,000 responses.
-    """
+    """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting."""
     if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
         raise ValueError(
             f"all_responses: expected num_symbols >= 2, length >= 1 and at most 10,000 responses, got {num_symbols} and "
@@ -136,8 +113,7 @@ class Lab(NamedTuple):
 def make_lab(num_symbols: int = 4, length: int = 4, *, seed: int = 0) -> Lab:
     """A `Lab` with a random reference (standard normal logits) and random scores (standard normal), float64.
 
-    Raises:
-        ValueError: sizes that `all_responses` refuses.
+    Raises: ValueError: sizes that `all_responses` refuses.
     """
     responses = all_responses(num_symbols, length)
     generator = torch.Generator().manual_seed(seed)
@@ -194,8 +170,6 @@ def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_st
         loss: called without arguments; a scalar that carries the gradient.
         parameters: what to change; float64, or the last digits are lost.
         num_steps: most iterations; it stops earlier where the gradient vanishes.
-    Raises:
-        ValueError: num_steps < 1.
     """
     if num_steps < 1:
         raise ValueError(f"minimise: expected num_steps >= 1, got {num_steps}. 500 is enough for the lab's losses.")

@@ -10,8 +10,7 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 import hashlib
 import itertools
 import json
-import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,125 +21,22 @@ from pdpo.data import Preference, fingerprint, load_split, pairs
 from pdpo.device import device, num_cores
 from pdpo.distributed import is_leader, launch_size, on_leader, world_size
 from pdpo.encoding import encode_records
-from pdpo.evaluation import fit_reward_head, last_hidden, response_scores, sequence_kl, toy_grades, win_values
-from pdpo.files import check_new_folder, read_json, replacing, shown, write_json
-from pdpo.models import load_judge, load_policy, load_tokenizer, model_revision
+from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grades, win_values
+from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
+from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision
 from pdpo.presets import Preset, TrainConfig, get_preset
+from pdpo.reach import code_version
+from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.sampling import sample
 from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
-from pdpo.statistics import Frontier, by_prompt, calibration
+from pdpo.statistics import Frontier
 from pdpo.training import Row, preference_rows, train, with_reference_logps
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training stage.
-
-    Attributes:
-        path: its folder: policy/ (save_pretrained, with the tokenizer), history.json, stage.json.
-        preset: sizes, data and machine that it ran with.
-        train: its hyperparameters.
-        history: one dict an optimizer step; see `training.train`.
-        parent: the SFT run that it started from, which is its reference; None for an SFT run.
-    """
-
-    path: Path
-    preset: Preset
-    train: TrainConfig
-    history: list[dict] = field(repr=False)
-    parent: "Run | None" = field(default=None, repr=False)
-
-    @property
-    def method(self) -> str:
-        return self.train.method
-
-    @property
-    def beta(self) -> float | None:
-        return self.train.beta
-
-    @property
-    def seed(self) -> int:
-        return self.train.seed
-
-    @property
-    def sft(self) -> "Run":
-        """The SFT run: this one, or the one that it started from."""
-        return self.parent or self
-
-    def __repr__(self) -> str:
-        beta = "" if self.beta is None else f" beta={self.beta:g}"
-        losses = [row["eval_loss"] for row in self.history if "eval_loss" in row] or [float("nan")]
-        return (
-            f"<Run {self.method}{beta} seed={self.seed}: held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}, {shown(self.path)}>"
-        )
-
-    def load_policy(self) -> torch.nn.Module:
-        """The trained policy, on this machine's device."""
-        return load_policy(replace(self.preset, model=str(self.path / "policy"))).to(device()).eval()
-
-    def load_tokenizer(self):
-        """The tokenizer that it was trained with."""
-        return load_tokenizer(replace(self.preset, tokenizer=str(self.path / "policy")))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A finished evaluation stage of one run: `rows`, one dict a sample, the samples of a prompt side by side.
-
-    Keys: prompt, text, finished, chosen, rejected, win (1, 0.5 or 0); on `toy` also score, correct, degenerate and a 0/1
-    for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a response) and num_tokens.
-    """
-
-    path: Path
-    run: Run
-    rows: list[dict] = field(repr=False)
-    num_samples: int
-
-    def column(self, key: str) -> np.ndarray:
-        """(num_prompts,) the mean of `key` over each prompt's samples; prompts are the independent units."""
-        if key not in self.rows[0]:
-            raise ValueError(f"Evaluation.column: expected one of {sorted(self.rows[0])}, got {key!r}.")
-        return by_prompt([row[key] for row in self.rows], self.num_samples)
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """A finished reward-model stage.
-
-    Attributes:
-        path: its folder.
-        sft: whose last hidden state it reads.
-        weights: (D,) of the linear head.
-        held_out: (P,) the probability that it gives to the true order of each pair of the test split.
-        num_pairs: it was fitted to.
-    """
-
-    path: Path
-    sft: Run
-    weights: torch.Tensor
-    held_out: np.ndarray
-    num_pairs: int
-
-    def __str__(self) -> str:
-        return (
-            f"a reward model fitted to {self.num_pairs} training pairs; it ranks {np.mean(self.held_out > 0.5):.3f} of "
-            f"{len(self.held_out)} held-out pairs right, with an expected calibration error of {calibration(self.held_out)[1]:.3f}"
-        )
-
-    def scored(self, records: list[Preference]) -> list[Preference]:
-        """The records with its scores, in nats: a difference is the log-odds that it gives to that order."""
-        encoded, preset = encode_records(self.sft.load_tokenizer(), records), self.sft.preset
-        scores = response_scores(
-            self.sft.load_policy(), encoded, self.weights, batch_size=preset.micro_batch_size, precision=preset.precision
-        )
-        return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
 
 
 def start(preset: str | Preset | None = None) -> Preset:
     """Chooses the preset, says what it runs on and where results go, and sets the number of threads (`Preset.num_threads`).
 
-    Args:
-        preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
+    Args: preset: a preset or its name; None is $PDPO_PRESET, else the one that fits the machine.
     """
     chosen = get_preset(preset)
     transformers.logging.set_verbosity_error()
@@ -186,8 +82,8 @@ def run_sft(preset: Preset | str, *, seed: int = 0) -> Run:
     determinants = {
         "train": asdict(config),
         "preset": {key: getattr(preset, key) for key in ("vocab_size", "embedding", "layers", "heads", "context")},
-        "model": _files(preset.model),
-        "tokenizer": _files(preset.tokenizer),
+        "model": source_digest(preset.model),
+        "tokenizer": source_digest(preset.tokenizer),
         "all_responses": preset.sft_all_responses,
         "data": fingerprint(train_records + validation),
     }
@@ -248,6 +144,7 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
         "train": asdict(config),
         "reward_model": reward_model and reward_model.path.name,
         "sft": sft.path.name,
+        "precision": preset.precision,
         "data": fingerprint(records + held_out_records),
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
@@ -262,8 +159,7 @@ def run_reward_model(sft: Run) -> RewardModel:
     It sees which response is better, never the data's scores. `run_preference` takes its scores for ODPO where the data
     has none.
 
-    Args:
-        sft: gives the features, and the seed by which pairs are drawn.
+    Args: sft: gives the features, and the seed by which pairs are drawn.
     """
     preset = sft.preset
     train_records, _, test = load_split(preset.data)
@@ -279,7 +175,7 @@ def run_reward_model(sft: Run) -> RewardModel:
         probabilities = (held_out_features @ weights).diff(dim=1).neg().sigmoid().squeeze(1)  # of the true order
         write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
 
-    determinants = {"sft": sft.path.name, "data": fingerprint(drawn + held_out)}
+    determinants = {"sft": sft.path.name, "precision": preset.precision, "data": fingerprint(drawn + held_out)}
     path, _ = run_stage(preset.name, f"reward_model-seed{sft.seed}", determinants, build)
     stored = read_json(path / "reward_model.json")
     return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
@@ -326,7 +222,9 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
         "seed": run.seed,
         "num_samples": num_samples,
         "max_new_tokens": preset.max_new_tokens,
-        "judge": preset.judge,
+        "judge": judge_digest(preset.judge),
+        "precision": preset.precision,
+        "graded": preset.data == "toy",
         "data": fingerprint(test),
     }
     name = f"win_rate-{run.path.name.rsplit('-', 1)[0]}-temperature{temperature:g}"
@@ -383,11 +281,9 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
     Args:
         sft: the policy to sample from, at temperature 1.
         num_samples: M, samples a prompt.
-    Returns:
-        One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
+    Returns: One record a prompt with at least two different scores, best first, of each score one sample, so that no pair is a
         tie; and counts: samples, empty, tied (left out, as their prompt has another sample of that score), prompts_left_out.
-    Source:
-        Amini 2024, arXiv:2402.10571, Eq. 17.
+    Source: Amini 2024, arXiv:2402.10571, Eq. 17.
     """
     prompts = [record.prompt for record in load_split("toy")[0]]
     samples = sample(
@@ -408,44 +304,18 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
     return records, counts
 
 
-def run_info(preset: Preset, stages: list) -> dict:
-    """What a figure was made with: its preset, data, model and seeds, the machine of each stage, minutes, peak memory.
-
-    Args:
-        preset: of the stages.
-        stages: Runs and Evaluations that the figure was drawn from.
-    """
-    records = [json.loads((stage.path / "stage.json").read_text(encoding="utf-8")) for stage in stages]
-    environments = [record["environment"] for record in records]
-    together = {
-        key: sorted({str(each[key]) for each in environments if each.get(key)})
-        for key in ("python", "torch", "transformers", "device", "processes", "model_revision")
-        if any(each.get(key) for each in environments)
-    }
-    return {
-        "preset": preset.name,
-        "precision": preset.precision,
-        "data": preset.data,
-        "data_sha256": sorted({record["config"]["data"] for record in records}),
-        "model": preset.model or "random weights",
-        "seeds": sorted({record["config"].get("seed", record["config"].get("train", {}).get("seed")) for record in records}),
-        **together,
-        "minutes": round(sum(each["minutes"] for each in environments), 2),
-        "peak_memory_mb": max(each["peak_memory_mb"] or 0 for each in environments),
-        "stages": sorted(stage.path.name for stage in stages),
-    }
-
-
 def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
     """`with_reference_logps`, kept in a file beside the SFT stage: runs of all methods and betas share it."""
-    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows]]
+    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows], code_version(with_reference_logps)]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
-    if not on_leader(path.exists):
+    kept = on_leader(lambda: read_sealed(path))
+    if kept is None:
         preset = sft.preset
         done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
-        on_leader(lambda: write_json(path, [row.reference_logps for row in done]))
-    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, read_json(path), strict=True)]
+        kept = json.dumps([row.reference_logps for row in done]).encode()
+        on_leader(lambda: write_sealed(path, kept))
+    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, json.loads(kept), strict=True)]
 
 
 def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:
@@ -460,23 +330,3 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     write_json(folder / "history.json", history)
     for left in folder.glob("*checkpoint.pt*"):  # also one that a killed process was writing
         left.unlink()
-
-
-def _files(source: str | None):
-    """A model folder as its files' names, sizes and times; a hub name as itself."""
-    if source is None or not Path(source).is_dir():
-        return source
-    stats = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(source).iterdir()) if path.is_file()
-    ]
-    return [str(Path(source).resolve()), *stats]
-
-
-def copy_run(run: Run, target: Path) -> Path:
-    """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet."""
-    check_new_folder(target)
-    with replacing(target) as temporary:
-        shutil.copytree(run.path / "policy", temporary)
-        for name in ("history.json", "stage.json"):
-            shutil.copy(run.path / name, temporary / name)
-    return target

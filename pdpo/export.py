@@ -46,13 +46,8 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
         beta: KL strength; a larger beta keeps the policy closer to the reference.
         method: "dpo"; the others are refused.
         seed: of the SFT stage, of which pairs are drawn and of their order.
-    Returns:
-        target.
-    Raises:
-        ValueError: target holds something, another method, bad data or hyperparameters, or a pair that TRL would tokenise
-            otherwise. Such a pair is not left out: every batch behind it would be another than ours.
-    Source:
-        trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py.
+    Returns: target.
+    Source: trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py.
     """
     check_new_folder(target)
     if method != "dpo":

@@ -2,11 +2,16 @@
 
 import contextlib
 import csv
+import errno
+import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import urllib.error
 from collections.abc import Iterator
@@ -14,6 +19,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 import torch
+from safetensors import SafetensorError
 
 _ODPO_DATA = "https://raw.githubusercontent.com/rycolab/odpo/6152f67c8cddc223ca5affc7e261d967568068ee/data/"
 SOURCES = {  # name -> (file name, public address, sha256)
@@ -39,6 +45,7 @@ SOURCES = {  # name -> (file name, public address, sha256)
         "d982894172f9873409b45e2b703ab8ac9af7d789dbe96e630b18fd84ad59f0ea",
     ),
 }
+MAX_CHARACTERS = 1_000_000  # of one text: far beyond every context, and still encoded within seconds
 SCORE_KEYS = (("chosen_score", "score_chosen"), ("rejected_score", "score_rejected"))
 
 
@@ -78,6 +85,21 @@ def remove(path: Path) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+def disk_trouble(error: Exception) -> str:
+    """One line on what the disk refused, and what to do; "" for an error that is none of the disk's.
+
+    A full disk reaches us in many coats: torch says "unexpected pos", safetensors and shutil have errors of their own.
+    """
+    text, number = str(error), getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+        "No space left|File too large|unexpected pos|file write failed", text
+    ):
+        return f"the disk is full, or a file too large for it ({text}). Free some, or point PDPO_RUNS_DIR or --out elsewhere."
+    if isinstance(error, OSError | shutil.Error | SafetensorError):
+        return f"{text}. Expected a place to write to: choose another with PDPO_RUNS_DIR or --out."
+    return ""
+
+
 def write_json(path: Path, value) -> None:
     """Writes value as JSON."""
     with replacing(path) as temporary:
@@ -97,12 +119,72 @@ def read_json(path: Path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+SEAL = b"\nsha256 "
+
+
+def seal(path: Path) -> None:
+    """Appends the digest of a file to it, by which `is_whole` knows it."""
+    digest = file_sha256(path)
+    with open(path, "ab") as file:
+        file.write(SEAL + digest.encode())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a sealed file is what was written."""
+    digest, left = hashlib.sha256(), path.stat().st_size - len(SEAL) - 64
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        return left == 0 and file.read() == SEAL + digest.hexdigest().encode()
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Renames what is damaged, so that it is neither used nor lost, and says so in one line."""
+    target = next(each for n in itertools.count(1) if not (each := path.with_name(f"{path.name}.damaged{n}")).exists())
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.replace(path, target)
+        print(f"{shown(path)}: {reason}; set aside as {target.name}, and made again", flush=True)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Writes a file that knows whether it is whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        seal(temporary)
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What a sealed file holds; None where there is none, or where it is damaged and has been set aside."""
+    if not path.exists():
+        return None
+    if not is_whole(path):
+        return set_aside(path, "not what was written")
+    return path.read_bytes()[: -len(SEAL) - 64]
+
+
 def check_new_folder(target: Path) -> None:
     """ValueError unless `target` is a folder that is empty or does not exist: results never overwrite anything."""
     if target.resolve() == Path.cwd():
         raise ValueError(f"{target}: expected a folder of its own for the results, got the current one. Give it a name.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected an empty or a new folder, got one that holds something. Choose another.")
+    check_writable(target)
+
+
+def check_writable(target: Path, num_bytes: int = 0) -> None:
+    """ValueError unless a file or folder can be made at `target`, on a disk with room for num_bytes."""
+    above = next(each for each in (target.absolute(), *target.absolute().parents) if os.path.lexists(each))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "a folder that may not be written to" if above.is_dir() else "no folder"
+        raise ValueError(f"{target}: expected a place to write to, but {above} is {what}. Choose another.")
+    free = shutil.disk_usage(above).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{target}: expected a disk with {num_bytes / 1e9:.1f} GB free for what will be written, got {free / 1e9:.1f} GB. "
+            "Free some, or choose another disk (PDPO_RUNS_DIR, --out)."
+        )
 
 
 def checkout_folder(name: str, variable: str) -> Path:
@@ -129,12 +211,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(name: str, url: str, sha256: str) -> Path:
-    """A file with the pinned digest: from $PDPO_DATA_DIR, else the cache, else downloaded into the cache.
+def file_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
-    Raises:
-        ValueError: the file is found with another digest, or cannot be had; the message says how to get it by hand.
-    """
+
+@functools.cache
+def source_digest(source: str | None) -> str | None:
+    """What a model, tokenizer or judge is known by: of a folder the digests of its files, read once a process; else its name."""
+    if source is None or not Path(source).is_dir():
+        return source
+    files = [path for pattern in ("*", "*/*") for path in sorted(Path(source).glob(pattern)) if path.suffix in MODEL_SUFFIXES]
+    if not files:
+        raise ValueError(f"{source}: expected a folder with a model's or tokenizer's files, got none of them. Check the path.")
+    return hashlib.sha256(json.dumps([[path.name, file_sha256(path)] for path in files]).encode()).hexdigest()
+
+
+def locate(name: str, url: str, sha256: str) -> Path:
+    """A file with the pinned digest: from $PDPO_DATA_DIR, else the cache, else downloaded into the cache."""
     folder = os.environ.get("PDPO_DATA_DIR")
     path = Path(folder) / name if folder else cache_dir() / name
     if not path.is_file():
@@ -154,8 +249,6 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
         target: where the file goes; its folder is made.
         sha256: expected digest, in hexadecimal.
         timeout: seconds without an answer after which the server counts as dead.
-    Raises:
-        ValueError: no answer, an HTTP error, another content than expected or a target that cannot be written.
     """
     by_hand = f"Download {url} in a browser and put {target.name} into a folder that PDPO_DATA_DIR names."
     before = socket.getdefaulttimeout()
@@ -178,11 +271,9 @@ def download(url: str, target: Path, sha256: str, *, timeout: float = 10.0) -> N
 
 
 def read_rows(path: Path, *, kind: type = list) -> list[tuple[str, object]]:
-    """(where, row) of each row of a .jsonl file, or of a .json file with a list; with kind=dict, (key, value) of its object.
-
-    Raises:
-        ValueError: no such file, no UTF-8, no JSON, another kind, no row; with the file and the line.
-    """
+    """(where, row) of each row of a .jsonl file, or of a .json file with a list; with kind=dict, (key, value) of its object."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: expected a file, got a pipe or a device, which may have no end. Copy it to a file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -214,6 +305,8 @@ def parse_row(row) -> tuple[str, tuple, tuple | None]:
     """A row's prompt, responses and scores, in whichever of the shapes of `data.load_preferences` it is."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}. A row is {{'prompt', 'chosen', 'rejected'}}.")
+    if any(isinstance(row.get(key), list) for key in ("prompt", "chosen", "rejected")):
+        row = _without_messages(row)
     prompt = _text(row, "instruction" if "instruction" in row and "prompt" not in row else "prompt")
     if "instruction" in row and "prompt" not in row and row.get("input") is not None and str(row["input"]).strip():
         prompt += "\n" + _text(row, "input")
@@ -237,11 +330,33 @@ def parse_row(row) -> tuple[str, tuple, tuple | None]:
     return prompt, responses, (float(row[found[0]]), float(row[found[1]]))
 
 
+def _without_messages(row: dict) -> dict:
+    """A row of TRL's conversational format as texts. One message is its content; of several each begins with its role."""
+    read = {}
+    for key in ("prompt", "chosen", "rejected"):
+        messages = row.get(key, [])
+        messages = messages if isinstance(messages, list) else [{"role": "user", "content": messages}]
+        if (
+            not isinstance(messages, list)
+            or (key in row and not messages)
+            or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        ):
+            raise ValueError(f"key '{key}': expected a list of {{'role', 'content'}}, got {short(row[key])}. Mend the row.")
+        read[key] = messages
+    if "prompt" not in row:  # then it is what the two conversations share
+        equal = [a == b for a, b in zip(read["chosen"], read["rejected"], strict=False)]
+        num = (equal + [False]).index(False)
+        read = {"prompt": read["chosen"][:num], "chosen": read["chosen"][num:], "rejected": read["rejected"][num:]}
+    for key, messages in read.items():
+        for each in messages:
+            check_text(key, each["content"])
+    several = {key: "\n".join(f"{each['role']}: {each['content'].strip()}" for each in read[key]) for key in read}
+    return row | {key: messages[0]["content"] if len(messages) == 1 else several[key] for key, messages in read.items()}
+
+
 def _text(row: dict, key: str) -> str:
     if key not in row:
         raise ValueError(f"key '{key}': missing; the row has {sorted(row)}. Expected 'prompt', 'chosen' and 'rejected'.")
-    if isinstance(row[key], list):
-        raise ValueError(f"key '{key}': expected a text, got a list. Chat messages are not read; flatten them to text.")
     check_text(key, row[key])
     return row[key].strip()
 
@@ -268,6 +383,10 @@ def check_text(key: str, text) -> None:
     """ValueError unless it is a text with something in it that can be written as UTF-8."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"key '{key}': expected a text that is not empty, got {short(text)}. Drop the row or fill it in.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"key '{key}': expected at most {MAX_CHARACTERS} characters, got {len(text)}. Drop or shorten the row."
+        )
     if "\0" in text:
         raise ValueError(f"key '{key}': expected text, got a NUL character in it. The file is probably binary.")
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -12,10 +12,7 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
     Args:
         logits: (B, T, V) float; logits[:, t] predicts token t + 1. Carries the gradient.
         input_ids: (B, T) int64.
-    Returns:
-        (B, T-1) float32 nats; column t belongs to token t + 1. The first token has no prediction.
-    Raises:
-        ValueError: shapes that do not belong together, or T < 2.
+    Returns: (B, T-1) float32 nats; column t belongs to token t + 1. The first token has no prediction.
     """
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
         raise ValueError(
@@ -43,13 +40,10 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, response_mask: Tensor) -> 
         logits: (B, T, V) float, unshifted.
         input_ids: (B, T) int64.
         response_mask: (B, T) bool; True at the tokens to score. Never derived from the pad id: GPT-2 pads with its EOS.
-    Returns:
-        (B,) float32 nats, <= 0.
-    Raises:
-        ValueError: input_ids that are not (B, T); a mask that is not bool or has another shape, scores a first token, or
-            leaves a row nothing to score.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Appendix B.
+    Returns: (B,) float32 nats, <= 0.
+    Raises: ValueError: input_ids that are not (B, T); a mask that is not bool or has another shape, scores a first token, or
+        leaves a row nothing to score.
+    Source: Rafailov 2023, arXiv:2305.18290, Appendix B.
     """
     check_response_mask(input_ids, response_mask)
     scored = response_mask[:, 1:]  # (B, T-1), aligned with token_logps

@@ -1,6 +1,9 @@
 r"""The losses, one formula each. Tensors in, (B,) unreduced losses out; the caller writes `.mean()`.
 
 beta: KL strength; a larger beta keeps the policy closer to the reference.
+
+Where a loss takes the four log-probabilities of pairs, each is (B,) nats, the sum over a response; the policy's carry the
+gradient, the reference's are constants. Shapes that differ and a beta that is not finite and > 0 are a ValueError.
 """
 
 from typing import NamedTuple
@@ -33,10 +36,8 @@ def sft_loss(policy_logps: Tensor) -> Tensor:
 
     .. math:: \mathcal{L}_\text{SFT} = -\log \pi_\theta(y \mid x)
 
-    Args:
-        policy_logps: (B,) nats, the sum over response tokens (`sequence_logps`); carries the gradient.
-    Returns:
-        (B,) nats a response. Divide a batch's sum by its number of response tokens for the usual mean per token.
+    Args: policy_logps: (B,) nats, the sum over response tokens (`sequence_logps`); carries the gradient.
+    Returns: (B,) nats a response. Divide a batch's sum by its number of response tokens for the usual mean per token.
     """
     return -policy_logps
 
@@ -58,18 +59,11 @@ def dpo_loss(
                             - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} \Big)
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
-        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants, computed without a gradient.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
         offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
         label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
-    Returns:
-        PairLoss. With policy == reference and no offset every loss is log 2.
-    Raises:
-        ValueError: shapes that differ, beta <= 0 or not finite, an offset that is neither scalar nor (B,),
-            label_smoothing out of range.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
+    Returns: PairLoss. With policy == reference and no offset every loss is log 2.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
@@ -100,13 +94,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
         chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
         alpha: strength >= 0; 0 is DPO.
         scale: "log" (the paper's choice), "identity" or "log_ratio".
-    Returns:
-        (B,) in units of the implicit reward; finite; no gradient.
-    Raises:
-        ValueError: shapes that differ, non-finite scores, alpha < 0 or not finite, an unknown scale,
-            scores <= 0 under "log_ratio".
-    Source:
-        Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
+    Returns: (B,) in units of the implicit reward; finite; no gradient.
+    Source: Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
     """
     if chosen_scores.shape != rejected_scores.shape:
         raise ValueError(
@@ -118,10 +107,10 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
             f"score_offset: expected finite alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors."
         )
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
-    bad = (~(chosen.isfinite() & rejected.isfinite())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"score_offset: rows {bad} have scores that are not finite. Drop or mend these pairs.")
     difference = chosen - rejected  # (B,)
+    bad = (~difference.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"score_offset: rows {bad} have scores that are not finite, or too large. Drop or mend these pairs.")
     if scale == "identity":
         return alpha * difference
     if scale == "log":
@@ -147,12 +136,8 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
         policy_logps: (B, K) nats, best first; sums over each response; carries the gradient.
         reference_logps: (B, K) nats; constants.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns:
-        (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
-    Raises:
-        ValueError: shapes that differ or are not (B, K), K < 2, beta <= 0 or not finite.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 20.
+    Returns: (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 20.
     """
     if policy_logps.ndim != 2 or policy_logps.shape != reference_logps.shape:
         raise ValueError(
@@ -168,14 +153,9 @@ def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
 
     .. math:: \mathcal{L}_R = -\log \sigma\big( r_\phi(x, y_w) - r_\phi(x, y_l) \big)
 
-    Args:
-        chosen_scores, rejected_scores: (B,) float; the reward model's outputs; carry the gradient.
-    Returns:
-        (B,) nats. Equal scores give log 2; a constant added to both scores of a pair changes nothing.
-    Raises:
-        ValueError: shapes that differ.
-    Source:
-        Rafailov 2023, arXiv:2305.18290, Eq. 2.
+    Args: chosen_scores, rejected_scores: (B,) float; the reward model's outputs; carry the gradient.
+    Returns: (B,) nats. Equal scores give log 2; a constant added to both scores of a pair changes nothing.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 2.
     """
     return -bradley_terry_logps(chosen_scores, rejected_scores)
 
@@ -193,16 +173,9 @@ def ipo_loss(
     .. math:: \mathcal{L}_\text{IPO} = \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
               - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} - \frac{1}{2 \beta} \Big)^2
 
-    Args:
-        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
-        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants.
-        beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
-    Returns:
-        PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
-    Raises:
-        ValueError: shapes that differ, beta <= 0.
-    Source:
-        Azar 2023, arXiv:2310.12036, Eq. 17.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
+    Returns: PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
+    Source: Azar 2023, arXiv:2310.12036, Eq. 17.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("ipo_loss", *logps, beta=beta)  # (B,), (B,)
@@ -225,16 +198,11 @@ def slic_loss(
               - \lambda \log \pi_\theta(y_w|x)
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: (B,) nats, sums over the response; carry the gradient.
-        reference_chosen_logps, reference_rejected_logps: (B,) nats; constants; the rewards are reported against them.
+        reference_chosen_logps, reference_rejected_logps: only the rewards are reported against them.
         beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
         regularization: lambda >= 0, how much the likelihood of the chosen response counts.
-    Returns:
-        PairLoss; losses in nats. Pairs ranked right by more than 1 / beta nats have no gradient but that of lambda's term.
-    Raises:
-        ValueError: shapes that differ, beta <= 0 or not finite, regularization < 0.
-    Source:
-        Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response.
+    Returns: PairLoss; losses in nats. Pairs ranked right by more than 1 / beta nats have no gradient but that of lambda's term.
+    Source: Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("slic_loss", *logps, beta=beta)  # (B,), (B,)
@@ -257,12 +225,8 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
         old_logps: (...) nats, under the policy that drew the samples; constants.
         advantages: (...) how much better than expected each sample was; constants.
         clip: epsilon, > 0; 0.2 in the paper.
-    Returns:
-        (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
-    Raises:
-        ValueError: shapes that differ, clip <= 0.
-    Source:
-        Schulman 2017, arXiv:1707.06347, Eq. 7.
+    Returns: (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
+    Source: Schulman 2017, arXiv:1707.06347, Eq. 7.
     """
     if not policy_logps.shape == old_logps.shape == advantages.shape:
         raise ValueError(
@@ -287,12 +251,8 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
         values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
         gamma: discount in [0, 1]; 1 is usual for text.
         lam: in [0, 1]; 0 trusts the values (biased), 1 trusts the samples (variance).
-    Returns:
-        (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
-    Raises:
-        ValueError: shapes that are not one (B, T); gamma or lam outside [0, 1].
-    Source:
-        Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end.
+    Returns: (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
+    Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end.
     """
     if rewards.ndim != 2 or rewards.shape != values.shape:
         raise ValueError(

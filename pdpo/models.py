@@ -1,6 +1,9 @@
 """Policies, tokenizers and the judge: the only module that loads through transformers and sentence-transformers."""
 
+import hashlib
 import importlib.util
+import io
+import json
 import os
 import socket
 import urllib.parse
@@ -16,7 +19,7 @@ from transformers.activations import ACT2FN, NewGELUActivation
 
 from pdpo.data import load_split
 from pdpo.encoding import TEMPLATE
-from pdpo.files import file_sha256, replacing
+from pdpo.files import file_sha256, read_sealed, source_digest, write_sealed
 from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
 
 EOS = "<|endoftext|>"
@@ -35,8 +38,7 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     Args:
         records: Preference rows.
         vocab_size: number of tokens at most, EOS included; at least 257.
-    Returns:
-        A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
+    Returns: A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
     """
     bpe = Tokenizer(models.BPE())
     # digits one by one, unlike GPT-2: a small model can then see that parity hangs on the last one
@@ -57,10 +59,7 @@ def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFas
     Args:
         preset: what to load for.
         records: the training split, for presets that train their own BPE; None is that of the preset's data.
-    Returns:
-        A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
-    Raises:
-        ValueError: no tokenizer files where the preset says, or a tokenizer without an EOS.
+    Returns: A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
     """
     preset = get_preset(preset)
     source = preset.tokenizer or preset.model
@@ -89,30 +88,46 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
             else GPT-2's architecture in the preset's sizes with random weights.
         tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`.
         seed: of random weights.
-    Returns:
-        A transformers model.
-    Raises:
-        ValueError: the weights cannot be had, with the three ways out.
+    Returns: A transformers model.
+    Raises: ValueError: the weights cannot be had, with the three ways out.
     """
     preset = get_preset(preset)
     if preset.model is not None:
-        policy = _from_hub_or_folder(AutoModelForCausalLM, preset.model, use_safetensors=True, dtype=torch.float32)
+        policy = _whole(preset, tokenizer)
     else:
         tokenizer = tokenizer or load_tokenizer(preset)
+        sizes = {"n_embd": preset.embedding, "n_layer": preset.layers, "n_head": preset.heads, "n_positions": preset.context}
+        ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            policy = GPT2LMHeadModel(
-                GPT2Config(
-                    vocab_size=len(tokenizer),
-                    n_positions=preset.context,
-                    n_embd=preset.embedding,
-                    n_layer=preset.layers,
-                    n_head=preset.heads,
-                    bos_token_id=tokenizer.eos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )  # fmt: skip
-            )
+            policy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
     return with_float32_head(with_fused_gelu(without_dropout(policy)))
+
+
+def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
+    """The preset's model; ValueError where tensors, positions or tokens are missing: a part of it would be random."""
+    wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    policy, info = _from_hub_or_folder(AutoModelForCausalLM, preset.model, **wanted)
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
+        if names:
+            raise ValueError(
+                f"{preset.model}: expected the weights of a whole {type(policy).__name__}, got {len(names)} {kind} tensors "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged or of another model: fetch it again."
+            )
+    positions = getattr(policy.config, "max_position_embeddings", None) or preset.context
+    if positions < preset.context:
+        raise ValueError(
+            f"{preset.model}: expected a model with at least {preset.context} positions, the preset's context, got {positions}. "
+            f"Use a preset with a shorter context: dataclasses.replace(preset, context={positions})."
+        )
+    num_embeddings = policy.get_input_embeddings().num_embeddings
+    if tokenizer is not None and num_embeddings < len(tokenizer):
+        raise ValueError(
+            f"{preset.model}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. "
+            "Model and tokenizer do not belong together."
+        )
+    return policy
 
 
 def without_dropout(policy: torch.nn.Module) -> torch.nn.Module:
@@ -158,14 +173,15 @@ class Judge:
 
     Args:
         model: a SentenceTransformer.
-        cache_file: .npz in which embeddings outlive the process; None keeps them in memory only.
+        cache_file: in which embeddings outlive the process; None keeps them in memory only.
     """
 
     def __init__(self, model, cache_file: Path | None = None):
         self.model, self.cache_file, self.known = model, cache_file, {}
-        if cache_file is not None and cache_file.is_file():
-            with np.load(cache_file) as stored:
-                self.known = dict(zip(stored["texts"].tolist(), stored["embeddings"], strict=True))
+        kept = cache_file and read_sealed(cache_file)
+        if kept:
+            texts, _, vectors = kept.partition(b"\n")
+            self.known = dict(zip(json.loads(texts), np.load(io.BytesIO(vectors)), strict=True))
 
     def embed(self, texts: list[str]) -> torch.Tensor:
         """(N, D) float32 unit vectors, one a text, so that a dot product is the cosine."""
@@ -173,14 +189,18 @@ class Judge:
         if new:
             vectors = self.model.encode(new, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
             self.known.update(zip(new, np.asarray(vectors, dtype=np.float32), strict=True))
-            self._save()
+            if self.cache_file is not None:
+                array = io.BytesIO()
+                np.save(array, np.stack(list(self.known.values())))
+                write_sealed(self.cache_file, json.dumps(list(self.known)).encode() + b"\n" + array.getvalue())
         return torch.from_numpy(np.stack([self.known[text] for text in texts]))
 
-    def _save(self) -> None:
-        if self.cache_file is None:
-            return
-        with replacing(self.cache_file) as temporary, open(temporary, "wb") as file:
-            np.savez(file, texts=np.array(list(self.known)), embeddings=np.stack(list(self.known.values())))
+
+def judge_digest(name: str) -> str:
+    """What a judge is known by: its weights' sha256 (the default one), its files' (a folder), or its name and revision."""
+    if name == DEFAULT_JUDGE:
+        return JUDGE_SHA256
+    return source_digest(name) if Path(name).is_dir() else f"{name} {model_revision(name)}"
 
 
 def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
@@ -189,8 +209,6 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     Args:
         preset: names the judge.
         cache_dir: where embeddings are kept; None keeps none.
-    Raises:
-        ValueError: it cannot be had, or the default judge's weights have another sha256 than the official ones.
     """
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 
@@ -205,7 +223,7 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
                 "Remove that copy and load again."
             )
     if cache_dir is not None:
-        cache_file = Path(cache_dir) / f"{preset.judge.strip('/').replace('/', '--')}.npz"
+        cache_file = Path(cache_dir) / hashlib.sha256(judge_digest(preset.judge).encode()).hexdigest()[:16]
     return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
 
 
@@ -247,22 +265,25 @@ def _from_hub_or_folder(loader, source: str, *, usable=lambda loaded: True, **ar
     What comes from the cache must be usable(it): of a model's config alone, transformers makes an empty tokenizer.
     """
     arguments = {"trust_remote_code": False, **arguments}
-    failures = (OSError, ValueError, SafetensorError)  # transformers has no error type of its own
-    if not Path(source).is_dir():
+    is_folder = Path(source).is_dir()
+    if not is_folder:
         try:
             loaded = loader.from_pretrained(source, local_files_only=True, **arguments)
-        except failures:
+        except (OSError, ValueError, SafetensorError):
             loaded = None
         if loaded is not None and usable(loaded):
             return loaded
         _require_hub(source)
     try:
         return loader.from_pretrained(source, **arguments)
-    except failures as error:
-        # transformers tells a download that broke off as a file that is missing; what really happened is the cause
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers has no error type of its own: damaged files end in any
+        # it tells a download that broke off as a file that is missing; what really happened is the cause
         reasons = (str(each).strip().splitlines() for each in (error, error.__cause__ or error.__context__) if each)
-        reason = "; ".join(lines[0] for lines in reasons if lines)
-        raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {THREE_WAYS_OUT}") from None
+        reason = "; ".join(lines[0] for lines in reasons if lines) or type(error).__name__
+        way_out = "A file in this folder is missing or damaged: copy it again." if is_folder else THREE_WAYS_OUT
+        raise ValueError(f"{source}: the {loader.__name__} files cannot be loaded ({reason}). {way_out}") from None
 
 
 def model_revision(name: str | None) -> str | None:

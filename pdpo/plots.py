@@ -42,10 +42,7 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
         path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
         rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
         info: what the rows were made with, `experiments.run_info`; None for what no run went into.
-    Returns:
-        The PNG's path.
-    Raises:
-        ValueError: no rows, or rows whose keys differ.
+    Returns: The PNG's path.
     """
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(
@@ -81,8 +78,7 @@ def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     Args:
         runs: `experiments.Run`s of SFT, one a seed.
         title: the figure's claim.
-    Returns:
-        The figure and its rows.
+    Returns: The figure and its rows.
     """
     keys = {"training batch": "loss", "held-out prompts": "eval_loss"}
     rows = [
@@ -112,8 +108,7 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     Args:
         runs: `experiments.Run`s of preference training.
         title: the figure's claim.
-    Returns:
-        The figure and its rows.
+    Returns: The figure and its rows.
     """
     rows = [
         {"method": run.method, "beta": run.beta, "seed": run.seed, "epoch": row["epoch"]}
@@ -158,8 +153,7 @@ def lines_with_intervals(
         xlabel: its label.
         title: the figure's claim.
         log_x: a logarithmic horizontal axis.
-    Returns:
-        The figure and its rows.
+    Returns: The figure and its rows.
     """
     figure, grid = plt.subplots(1, len(panels), figsize=(4.9 * len(panels), 4.2), squeeze=False)
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -191,8 +185,7 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
         rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point.
         ylabel: what the score is.
         title: the figure's claim.
-    Returns:
-        The figure and its rows.
+    Returns: The figure and its rows.
     """
     figure, axes = plt.subplots(figsize=(7.0, 4.8))
     for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):

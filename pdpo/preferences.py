@@ -19,12 +19,8 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
         chosen_scores: (B,) float; score of the response listed first.
         rejected_scores: (B,) float; score of the other one.
         offset: scalar or (B,); the margin demanded, in units of the scores. 0 is Bradley-Terry.
-    Returns:
-        (B,) nats, <= 0.
-    Raises:
-        ValueError: the two score tensors differ in shape; an offset that is neither scalar nor of their shape.
-    Source:
-        Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2.
+    Returns: (B,) nats, <= 0.
+    Source: Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2.
     """
     if chosen_scores.shape != rejected_scores.shape:
         raise ValueError(
@@ -46,14 +42,9 @@ def plackett_luce_logps(scores: Tensor) -> Tensor:
 
     The best is chosen by a softmax over all K, the second by a softmax over the K-1 that are left, and so on.
 
-    Args:
-        scores: (..., K) float; scores in ranked order, best first.
-    Returns:
-        (...) nats, <= 0. For K = 2 it is `bradley_terry_logps(scores[..., 0], scores[..., 1])`.
-    Raises:
-        ValueError: fewer than two responses.
-    Source:
-        Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards).
+    Args: scores: (..., K) float; scores in ranked order, best first.
+    Returns: (...) nats, <= 0. For K = 2 it is `bradley_terry_logps(scores[..., 0], scores[..., 1])`.
+    Source: Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards).
     """
     if scores.ndim == 0 or scores.shape[-1] < 2:
         raise ValueError(
@@ -72,10 +63,8 @@ def gumbel_sample(location: Tensor, *, generator: torch.Generator | None = None)
     Args:
         location: any shape, float; the mode. The mean is location + 0.5772 (Euler's constant), the variance pi^2 / 6.
         generator: source of randomness, on location's device; None is torch's global one.
-    Returns:
-        location's shape, dtype and device; detached from its graph.
-    Source:
-        Gumbel 1954, by inverting its distribution function exp(-exp(-(g - mu))).
+    Returns: location's shape, dtype and device; detached from its graph.
+    Source: Gumbel 1954, by inverting its distribution function exp(-exp(-(g - mu))).
     """
     exponential = torch.empty_like(location, requires_grad=False).exponential_(generator=generator)
     return location.detach() - exponential.log()
@@ -87,12 +76,8 @@ def gumbel_ranking(scores: Tensor, *, generator: torch.Generator | None = None) 
     Args:
         scores: (..., K) float.
         generator: source of randomness; None is torch's global one.
-    Returns:
-        (..., K) int64; indices into the last dimension, best first.
-    Raises:
-        ValueError: a scalar has no responses to rank.
-    Source:
-        Yellott 1977; the top-1 case is Amini 2024, arXiv:2402.10571, Theorem 1.
+    Returns: (..., K) int64; indices into the last dimension, best first.
+    Source: Yellott 1977; the top-1 case is Amini 2024, arXiv:2402.10571, Theorem 1.
     """
     if scores.ndim == 0:
         raise ValueError("gumbel_ranking: expected scores of shape (..., K), got a scalar. Put the responses in a dimension.")

@@ -171,8 +171,6 @@ def get_preset(name: str | Preset | None = None) -> Preset:
 
     A Preset is given back as it is.
 
-    Raises:
-        ValueError: no such preset.
     """
     if isinstance(name, Preset):
         return name

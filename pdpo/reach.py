@@ -1,16 +1,18 @@
 """Which code a function can reach, as a hash: the part of a stage's key that nobody maintains.
 
 From a function's source every name that it uses is followed to its definition in this package, and on from there. What is
-hashed is each definition reached: its name and its syntax tree. Comments, docstrings, layout, annotations, the texts of errors
-and of print, and the file in which a definition stands leave the hash as it was; everything else that is reached changes it.
+hashed is the syntax tree of each definition reached. Comments, docstrings, layout, annotations, the texts of errors and of
+print, and the file in which a definition stands leave the hash as it was; everything else that is reached changes it.
 
-A method is reached where its name stands behind a dot anywhere in what is reached, whichever class has it: too much rather
-than too little. A name put together at run time (getattr) is not seen.
+A method is reached where its name stands behind a dot anywhere in what is reached, whichever class has it, or where its class
+is: too much rather than too little. A name put together at run time (getattr) is not seen.
 """
 
 import ast
 import functools
 import hashlib
+import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,35 +27,28 @@ def in_key(function: Callable) -> Callable:
 
 
 class Definition(NamedTuple):
-    """A function, method, class or constant: the module in which its names are looked up, its own name, its cleaned tree."""
+    """A statement, without what does not compute, and the module in which its names are looked up."""
 
     module: str
-    name: str
     tree: ast.AST
 
 
 class Package:
-    """All definitions of some modules, by module and name, and the methods by their name alone."""
+    """All definitions of some modules, by module and name, and what classes hold, by its name alone."""
 
     def __init__(self, sources: dict[str, str], *, name: str = "pdpo"):
-        self.name, self.imports, self.defined, self.methods = name, {}, {}, {}
+        self.name, self.imports, self.defined, self.held = name, {}, {}, {}
         for module, source in sources.items():
-            tree = _Clean().visit(ast.parse(source))
-            self.imports[module] = dict(self._bindings(tree.body))
-            for node in tree.body:
+            body = _statements(source)
+            self.imports[module] = dict(self._bindings(body))
+            for node in itertools.chain.from_iterable(map(self._apart, body)):
                 for defined in _names(node):
-                    self.defined[module, defined] = Definition(module, defined, node)
-                if isinstance(node, ast.ClassDef):
-                    self._take_methods(module, node)
+                    self.defined.setdefault((module, defined), []).append(Definition(module, node))
+                for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                    for defined in _names(inner) if isinstance(inner, ast.FunctionDef | ast.Assign) else ():
+                        self.held.setdefault(defined, []).append(Definition(module, inner))
 
-    def _take_methods(self, module: str, node: ast.ClassDef) -> None:
-        """Methods are definitions of their own; those with double underscores stay with their class."""
-        functions = [each for each in node.body if isinstance(each, ast.FunctionDef) and not each.name.startswith("__")]
-        for function in functions:
-            self.methods.setdefault(function.name, []).append(Definition(module, f"{node.name}.{function.name}", function))
-        node.body = [each for each in node.body if each not in functions]
-
-    def _bindings(self, body: list[ast.stmt]):
+    def _bindings(self, body: list[ast.AST]):
         """(name, (module, name there or None for the module itself)) for what these statements import from the package."""
         for node in body:
             if isinstance(node, ast.ImportFrom) and node.module == self.name:
@@ -62,48 +57,58 @@ class Package:
                 module = node.module.split(".", 1)[1]
                 yield from ((alias.asname or alias.name, (module, alias.name)) for alias in node.names)
 
+    def _apart(self, node: ast.stmt) -> list[ast.stmt]:
+        """An import as one statement a name; of those from the package only what is given another name."""
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            return [node]
+        module = getattr(node, "module", None)
+        inside = module is not None and module.split(".")[0] == self.name
+        module = "" if inside else module  # where in the package it stands does not matter
+        return [ast.ImportFrom(module, [alias], 0) for alias in node.names if alias.asname or not inside]
+
     def definition(self, module: str, qualified_name: str) -> Definition:
         """Of a function by its __qualname__, also of one defined within another."""
-        tree = ast.Module([each.tree for (where, _), each in self.defined.items() if where == module], [])
+        tree = ast.Module([each.tree for (where, _), found in self.defined.items() if where == module for each in found], [])
         for part in qualified_name.replace(".<locals>", "").split("."):
             tree = next(
                 node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part
             )
-        return Definition(module, tree.name, tree)
+        return Definition(module, tree)
 
-    def reached(self, start: Definition) -> set[tuple[str, str]]:
-        """(name, dump of the syntax tree) of every definition that `start` can reach, itself among them."""
+    def reached(self, start: Definition) -> set[str]:
+        """The dump of the syntax tree of every definition that `start` can reach, itself among them."""
         seen, waiting = {}, [start]
         while waiting:
             each = waiting.pop()
-            if (each.module, each.name) in seen:
-                continue
-            marked = (node.id for node in getattr(each.tree, "decorator_list", ()) if isinstance(node, ast.Name))
-            if "in_key" not in marked:
-                seen[each.module, each.name] = (each.name, ast.dump(each.tree))
-                waiting += self._used(each)
+            marks = (node.id for node in getattr(each.tree, "decorator_list", ()) if isinstance(node, ast.Name))
+            if each not in seen and "in_key" not in marks:
+                nodes = list(ast.walk(each.tree))
+                seen[each] = self._dump(each.tree)
+                waiting += self._used(each.module, nodes)
         return set(seen.values())
 
-    def _used(self, definition: Definition):
-        """The definitions whose names stand in one."""
-        nodes = list(ast.walk(definition.tree))
+    def _dump(self, tree: ast.AST) -> str:
+        """The tree as text, blind to where in the package the imports within it look."""
+        return re.sub(rf"ImportFrom\(module='{self.name}\.\w+'", "ImportFrom(module=''", ast.dump(tree))
+
+    def _used(self, module: str, nodes: list[ast.AST]):
+        """The definitions whose names stand in these nodes."""
         local = dict(self._bindings(nodes))
         for node in nodes:
             if isinstance(node, ast.Name):
-                yield from self._found(definition.module, node.id, local)
+                yield from self._found(module, node.id, local)
             elif isinstance(node, ast.Attribute):
-                yield from self.methods.get(node.attr, ())
+                yield from self.held.get(node.attr, ())
                 if isinstance(node.value, ast.Name):
-                    bound = local.get(node.value.id) or self.imports[definition.module].get(node.value.id)
+                    bound = local.get(node.value.id) or self.imports[module].get(node.value.id)
                     if bound and bound[1] is None and bound[0] in self.imports:
                         yield from self._found(bound[0], node.attr, {})
 
     def _found(self, module: str, name: str, local: dict):
+        yield from self.defined.get((module, name), ())
         bound = local.get(name) or self.imports[module].get(name)
         if bound and bound[1] is not None and bound[0] in self.imports:
             yield from self._found(*bound, {})
-        elif (module, name) in self.defined:
-            yield self.defined[module, name]
 
 
 class _Clean(ast.NodeTransformer):
@@ -129,23 +134,42 @@ class _Clean(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def _names(node: ast.stmt) -> list[str]:
-    """What a statement at the top of a module defines."""
+@functools.cache
+def _statements(source: str) -> list[ast.stmt]:
+    """Of a module, without what does not compute."""
+    return _Clean().visit(ast.parse(source)).body
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """The names that a statement defines or alters: of a statement that is no definition, all that stand in it."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        return {node.name}
+    parts = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else [node]
+    within = [each for part in parts for each in ast.walk(part)]
+    named = {each.name for each in within if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+    imported = {(each.asname or each.name).split(".")[0] for each in within if isinstance(each, ast.alias)}
+    return named | imported | {each.id for each in within if isinstance(each, ast.Name)}
 
 
+@in_key
 def code_version(function: Callable) -> str:
     """A hash of the code that a function of this package can reach."""
-    return _version(function.__module__.removeprefix("pdpo."), function.__qualname__)
+    return code_version_of(name_of(function))
+
+
+def name_of(function: Callable) -> str:
+    """By which `code_version_of` finds it: module and qualified name."""
+    return f"{function.__module__.removeprefix('pdpo.')}:{function.__qualname__}"
 
 
 @functools.cache
-def _version(module: str, qualified_name: str) -> str:
-    package = _package()
-    return version(package.reached(package.definition(module, qualified_name)))
+def code_version_of(name: str) -> str:
+    """`code_version` of the function with that `name_of`; "" where there is none today."""
+    package, (module, _, qualified_name) = _package(), name.partition(":")
+    try:
+        return version(package.reached(package.definition(module, qualified_name)))
+    except (KeyError, StopIteration):
+        return ""
 
 
 @functools.cache
@@ -153,6 +177,6 @@ def _package() -> Package:
     return Package(SOURCES)
 
 
-def version(reached: set[tuple[str, str]]) -> str:
+def version(reached: set[str]) -> str:
     """The hash of what `Package.reached` gives."""
     return hashlib.sha256(repr(sorted(reached)).encode()).hexdigest()[:16]

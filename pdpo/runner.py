@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from pdpo.device import device, num_cores
+from pdpo.device import device, end_children, num_cores
 from pdpo.files import replacing
 from pdpo.plots import figures_dir
 from pdpo.presets import Preset
@@ -33,10 +33,8 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
         numbers: their first characters, such as ["06", "07"]; None is all of them.
         jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
         save: True writes the outputs into notebooks/; False leaves those alone. Executed copies go to runs/ either way.
-    Returns:
-        Whether every cell of every notebook succeeded.
-    Raises:
-        ValueError: a number that no notebook, or more than one, starts with.
+    Returns: Whether every cell of every notebook succeeded.
+    Raises: ValueError: a number that no notebook, or more than one, starts with.
     """
     every = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     chosen = every if not numbers else [_find(number, every) for number in numbers]
@@ -46,7 +44,12 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda path: _execute(path, save), reversed(chosen)))[::-1]  # the last ones take longest
+        try:
+            results = list(pool.map(lambda path: _execute(path, save), reversed(chosen)))[::-1]  # the last ones take longest
+        except BaseException:  # stopped: else the pool would wait for what its kernels are at
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
     print(f"\n{'notebook':34} minutes  result")
     for path, (minutes, error) in zip(chosen, results, strict=True):
         print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")

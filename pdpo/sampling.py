@@ -48,10 +48,7 @@ def sample(
         max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
         seed: the same seed, prompts and batch_size give the same samples.
         batch_size: sequences sampled at a time.
-    Returns:
-        len(prompts) * num_samples samples; all of the first prompt, then all of the second, ...
-    Raises:
-        ValueError: no prompts, temperature < 0, max_new_tokens that leave no room for a prompt.
+    Returns: len(prompts) * num_samples samples; all of the first prompt, then all of the second, ...
     """
     if not prompts:
         raise ValueError("sample: expected at least one prompt, got none.")

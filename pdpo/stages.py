@@ -5,7 +5,9 @@ it can reach. A lock lets two processes that need one stage do it once; a killed
 """
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -26,8 +28,10 @@ from tqdm import tqdm
 
 from pdpo.device import device, num_cores
 from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
-from pdpo.files import checkout_folder, flush, shown, write_json
-from pdpo.reach import code_version
+from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
+from pdpo.reach import code_version, name_of
+
+LARGE = 2**26  # bytes: files above are checked when they are first needed
 
 
 class Missing(Exception):
@@ -45,17 +49,17 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
     What build returns, if anything, goes on record beside the environment. Of a `distributed.process_group`, whose processes
     must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build.
     """
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-    config = json.loads(json.dumps({"stage": name, **determinants, "code": code_version(build), "libraries": libraries}))
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+    made_by = {"code": code_version(build), "libraries": library_versions()}
+    config = json.loads(json.dumps({"stage": name, **determinants, **made_by}))
+    key = _digest(config)[:10]
     path = runs_dir() / group / f"{name}-{key}"
-    if on_leader(path.is_dir):
+    if on_leader(lambda: _is_kept(path)):
         return path, config
     if _only_looking:
         raise Missing(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, name):
-        if not on_leader(path.is_dir):  # else it was finished while we waited
+        if not on_leader(lambda: _is_kept(path)):  # else it was finished while we waited
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             on_leader(lambda: partial.mkdir(exist_ok=True))
             if not all(seen := gather(partial.is_dir())):
@@ -67,12 +71,63 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
             facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}
 
             def finish() -> None:
-                write_json(partial / "stage.json", {"config": config, "environment": environment(began) | facts})
+                record = {
+                    "config": config,
+                    "built_by": name_of(build),
+                    "environment": environment(began) | facts,
+                    "files": file_digests(partial),
+                }
+                write_json(partial / "stage.json", record | {"digest": _digest(record)})
                 flush(partial)
                 os.replace(partial, path)
 
             on_leader(finish)
     return path, config
+
+
+def library_versions() -> dict[str, str]:
+    """Of those that the numbers pass through."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether the stage is there, as it was written; one that is damaged is set aside."""
+    if not os.path.lexists(path):
+        return False
+    reason = damage(path)
+    if reason:
+        set_aside(path, reason)
+    return not reason
+
+
+def damage(path: Path, *, large: bool = False) -> str:
+    """What is wrong with a finished stage's files, or "". Either the `LARGE` ones are read, or the others."""
+    try:
+        record = read_json(path / "stage.json")
+        if record.pop("digest") != _digest(record):
+            return "stage.json is not what was written"
+        for name, digest in record["files"].items():
+            is_large = (path / name).stat().st_size > LARGE
+            if is_large == large and file_sha256(path / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"damaged ({type(error).__name__}: {error})"
+    return ""
+
+
+@functools.cache
+def check_large_files(path: Path) -> None:
+    """ValueError where a stage's weights are damaged; read once a process, when they are first needed."""
+    reason = damage(path, large=True)
+    if reason:
+        set_aside(path, reason)
+        raise ValueError(
+            f"{shown(path)}: this stage was damaged and has been set aside. Run the same again: it is then made anew."
+        )
+
+
+def _digest(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -167,7 +222,9 @@ def _made(stage: Callable, settings: list[dict]):
     variables = {key: value for key, value in os.environ.items() if key.startswith("PDPO_")} | {"PDPO_WORKERS": "1"}
     share = torch.get_num_threads() if on_cluster else max(num_cores() // num_workers, 1)
     there = {"variables": variables, "num_threads": min(torch.get_num_threads(), share)}
-    if not on_cluster:
+    if on_cluster:  # of which joblib would make no use where it has one worker
+        backend.effective_n_jobs = lambda n_jobs: max(type(backend).effective_n_jobs(backend, n_jobs), 2)
+    else:
         num_jobs, there["parent"] = num_workers, os.getpid()
     as_they_come = "generator" if backend.supports_return_generator else "list"
     parallel = joblib.Parallel(n_jobs=num_jobs, batch_size=1, pre_dispatch="all", return_as=as_they_come)
@@ -185,10 +242,16 @@ def _in_worker(stage: Callable, setting: dict, *, variables: dict[str, str], num
     if parent is not None and not _watching:
         _watching.append(threading.Thread(target=_end_with, args=(parent,), daemon=True))
         _watching[0].start()
-    return stage(**setting)
+    silent = (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    )  # bars would overwrite each other
+    with _one_at_a_time, silent[0], silent[1]:  # a Dask worker may have several threads, which would share torch's generator
+        return stage(**setting)
 
 
 _watching: list[threading.Thread] = []
+_one_at_a_time = threading.Lock()
 
 
 def _end_with(parent: int) -> None:
@@ -224,8 +287,6 @@ def num_runs_at_a_time() -> int:
 
     One under torchrun, too: that has started all that there should be.
 
-    Raises:
-        ValueError: PDPO_WORKERS is not a whole number of at least 1.
     """
     if launched():
         return 1

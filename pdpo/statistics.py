@@ -22,12 +22,8 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
         level: of confidence.
         num_resamples: bootstrap samples.
         seed: of the resampling.
-    Returns:
-        (low, high), in the unit of the values.
-    Raises:
-        ValueError: fewer than two units, or a value that is not finite.
-    Source:
-        Efron 1979, "Bootstrap methods: another look at the jackknife".
+    Returns: (low, high), in the unit of the values.
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
@@ -56,11 +52,9 @@ def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]
     Args:
         probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
         num_bins: of equal width, over confidences from 1/2 to 1.
-    Returns:
-        One dict for each bin with a pair in it: confidence (mean), right (share), pairs; and the expected calibration error,
-        the mean of abs(right - confidence), weighted by pairs.
-    Source:
-        Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599.
+    Returns: One dict for each bin with a pair in it: confidence (mean), right (share), pairs; and the expected calibration
+        error, the mean of abs(right - confidence), weighted by pairs.
+    Source: Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599.
     """
     probabilities = np.asarray(probabilities)
     confidence, right = np.maximum(probabilities, 1 - probabilities), probabilities > 0.5
@@ -97,8 +91,7 @@ class Frontier:
 def pareto_set(kl, score) -> np.ndarray:
     """(P,) bool: True for each point that no other one beats, by a KL not larger and a score not smaller, one of them strictly.
 
-    Args:
-        kl, score: (P,) coordinates of the points of all methods together.
+    Args: kl, score: (P,) coordinates of the points of all methods together.
     """
     kl, score = np.asarray(kl), np.asarray(score)
     no_worse = (kl[:, None] <= kl) & (score[:, None] >= score)  # (P, P): row against column
@@ -109,10 +102,8 @@ def pareto_set(kl, score) -> np.ndarray:
 def height_between(points, other) -> float:
     """Mean height of one frontier above another over the KL range that both cover: their area divided by its width.
 
-    Args:
-        points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
-    Returns:
-        In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap.
+    Args: points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
+    Returns: In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap.
     """
     (kl, score), (other_kl, other_score) = (
         [np.asarray(axis)[np.argsort(each[0])] for axis in each] for each in (points, other)

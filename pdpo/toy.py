@@ -127,10 +127,7 @@ def split(records: list, *, seed: int) -> tuple[list, list, list]:
     Args:
         records: `load()`, or any part of it; of any type with a `prompt`.
         seed: which items and phrasings are held out.
-    Returns:
-        Three lists; no prompt in two of them, and every fact of a lookup in the first.
-    Raises:
-        ValueError: a prompt that is not the toy's.
+    Returns: Three lists; no prompt in two of them, and every fact of a lookup in the first.
     """
     by_prompt = {item.prompt: item for item in items()}
     by_key = {}
@@ -168,11 +165,8 @@ def grade(prompt: str, text: str, *, finished: bool = True) -> Grade:
         prompt: one of the prompts of `load()`.
         text: the response, without special tokens.
         finished: False where sampling stopped without an EOS, which makes the text degenerate.
-    Returns:
-        Grade. Degenerate, with score 1: not finished, empty, over 30 words, a marker phrase twice, more than two markers of
-        one tone, three words in a row repeated.
-    Raises:
-        ValueError: a prompt that is not the toy's.
+    Returns: Grade. Degenerate, with score 1: not finished, empty, over 30 words, a marker phrase twice, more than two markers
+        of one tone, three words in a row repeated.
     """
     item = _items_by_prompt().get(prompt)
     if item is None:

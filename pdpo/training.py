@@ -63,7 +63,7 @@ def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -
 def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
     """(B, K) nats: the log-probability of every response of every row. The plain path: pad, run, gather, sum."""
     device = next(policy.parameters()).device
-    batch = collate([each for row in rows for each in row.sequences], pad_id=policy.config.eos_token_id, device=device)
+    batch = collate([each for row in rows for each in row.sequences], device=device)
     with autocast(device, precision):
         logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
     return sequence_logps(logits, batch.input_ids, batch.response_mask).view(len(rows), -1)  # (B, K)
@@ -140,11 +140,8 @@ def train_step(
         policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and computes its share.
         logps_of: `policy_logps`, or what `fastest_logps` gives.
         scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
-    Returns:
-        loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
+    Returns: loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
         and for preferences the means of margin, accuracy, chosen_reward and rejected_reward.
-    Raises:
-        ValueError: the loss or the gradient is not finite; the policy is left as it was.
     """
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
@@ -213,13 +210,8 @@ def train(
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
         show_progress: a tqdm bar.
-    Returns:
-        History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the step
-        after which they were made; step 0 holds those from before the first.
-    Raises:
-        ValueError: rows without reference_logps, no rows, fewer rows a batch than processes, a checkpoint of another
-            config, a loss that is not finite, a second error for want of memory (after the first, micro batches are half
-            as large; of several processes, the first).
+    Returns: History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the
+        step after which they were made; step 0 holds those from before the first.
     """
     _check_rows(rows, config)
     logps_of = fastest_logps(policy, rows)

@@ -77,8 +77,6 @@ def tree_logps(policy, sequences: list[Encoded], *, max_tokens: int | None = Non
         sequences: R encoded responses in any order; equal ones cost nothing.
         max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
             policy's width, at which attention, which grows with the square, takes up to two fifths of the work.
-    Raises:
-        ValueError: a sequence without a prompt token or without a response token.
     """
     empty = [i for i, (ids, num_prompt) in enumerate(sequences) if not 0 < num_prompt < len(ids)]
     if empty:

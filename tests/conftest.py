@@ -135,7 +135,7 @@ def trained(monkeypatch) -> list[str]:
     return begun
 
 
-def wait_until(condition, seconds: float = 120.0) -> None:
+def wait_until(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -42,10 +42,10 @@ class Judge:
         return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def run_win_rate(**setting):
+def run_win_rate(*, stage=experiments.run_win_rate, **setting):
     """The stage with that judge, in whatever process it is made."""
     with mock.patch.object(experiments, "load_judge", lambda *_, **__: Judge()):
-        return experiments.run_win_rate(**setting)
+        return stage(**setting)
 
 
 def run_sft(*, log: str, killed_once: bool = False, **setting):

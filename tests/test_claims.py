@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from pdpo.evaluation import bootstrap_interval
-from pdpo.experiments import run_win_rate
+from pdpo.experiments import run_preference, run_sft, run_win_rate
 from pdpo.presets import get_preset
+from pdpo.statistics import bootstrap_interval
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,9 +23,10 @@ def measured():
     with pytest.MonkeyPatch.context() as patched:
         if os.environ.get("PDPO_TEST_RUNS_DIR"):
             patched.setenv("PDPO_RUNS_DIR", os.environ["PDPO_TEST_RUNS_DIR"])
-        tiny = get_preset("tiny")
-        runs = {("sft", None): {"method": "sft"}} | {("dpo", beta): {"method": "dpo", "beta": beta} for beta in BETAS}
-        yield {key: [run_win_rate(tiny, seed=seed, **options) for seed in SEEDS] for key, options in runs.items()}
+        sfts = [run_sft(get_preset("tiny"), seed=seed) for seed in SEEDS]
+        runs = {("sft", None): sfts}
+        runs |= {("dpo", beta): [run_preference(sft, method="dpo", beta=beta) for sft in sfts] for beta in BETAS}
+        yield {key: [run_win_rate(run) for run in of_seeds] for key, of_seeds in runs.items()}
 
 
 def mean(evaluations, key: str) -> float:

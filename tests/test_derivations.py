@@ -33,7 +33,6 @@ CASES = [
     ("02", "first, second = ", "torch.sigmoid(first - second)", "torch.sigmoid(second - first)", "K = 2 with the pair reversed"),
     ("02", "noisy = {", "gumbel_ranking(scores.", "gumbel_ranking(2 * scores.", "other scores than the tested ones"),
     ("02", "assert all(verdict", '"correct": (torch.exp, torch.exp)', '"correct": (identity, identity)', "Eq. 39 as printed, without exp"),
-    ("02", "assert all(verdict", '"correct": (torch.exp, torch.exp)', '"correct": (torch.exp, identity)', "no exp in the denominator"),
     # 03
     ("03", 'print("policy      reward', "return reward - beta * kl", "return reward - kl", "the objective loses beta"),
     ("03", "Z = unnormalised.sum()", "(scores / beta).exp()", "scores.exp()", "the optimum loses beta"),
@@ -112,8 +111,3 @@ def test_unbroken_derivations_pass(number):
     cells = code_cells(number)
     last = max(len(up_to(cells, case[1])) for case in CASES if case[0] == number)
     run(cells[:last])
-
-
-@pytest.mark.parametrize("number", sorted({case[0] for case in CASES}))
-def test_each_notebook_has_at_least_two_broken_derivations(number):
-    assert sum(case[0] == number for case in CASES) >= 2

@@ -4,9 +4,7 @@ import math
 import re
 from itertools import product
 
-import numpy as np
 import pytest
-import scipy.integrate
 import scipy.optimize
 import scipy.stats
 import torch
@@ -24,7 +22,7 @@ from pdpo.exact import (
     rlhf_objective,
 )
 from pdpo.losses import dpo_loss, gae, ipo_loss, plackett_luce_loss, ppo_loss, reward_model_loss
-from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
+from pdpo.preferences import plackett_luce_logps
 
 torch.set_num_threads(1)
 
@@ -36,8 +34,7 @@ def small_lab(seed=0):
 # the optimum
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.3, 1.0, 10.0])
-@pytest.mark.parametrize("symbols", [4, 6])
+@pytest.mark.parametrize("beta, symbols", [(0.1, 4), (0.3, 6), (10.0, 4)])
 def test_gap_to_the_summit_is_beta_times_kl_to_the_optimum(beta, symbols):
     lab = make_lab(symbols, 4, seed=symbols)
     generator = torch.Generator().manual_seed(9)
@@ -47,26 +44,6 @@ def test_gap_to_the_summit_is_beta_times_kl_to_the_optimum(beta, symbols):
     summit = beta * log_partition(lab.reference_logps, lab.scores, beta=beta)
     gap = summit - rlhf_objective(policies, lab.reference_logps, lab.scores, beta=beta)
     assert (gap - beta * kl_divergence(policies, optimum)).abs().max() < 1e-12
-
-
-def test_optimum_is_what_scipy_finds_on_the_simplex():
-    lab, beta = small_lab(), 0.7
-    reference, scores = lab.reference_logps.exp().numpy(), lab.scores.numpy()
-
-    def negative(p):
-        return -(p @ scores - beta * (p * np.log(p / reference)).sum())
-
-    found = scipy.optimize.minimize(
-        negative,
-        np.full(8, 1 / 8),
-        method="SLSQP",
-        bounds=[(1e-9, 1)] * 8,
-        constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
-        options={"ftol": 1e-14, "maxiter": 500},
-    )
-    optimum = optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta)
-    assert np.abs(found.x - optimum.exp().numpy()).max() < 1e-5
-    assert abs(-found.fun - beta * log_partition(lab.reference_logps, lab.scores, beta=beta)) < 1e-9
 
 
 def test_optimum_partition_and_kl_equal_slow_python_sums():
@@ -119,20 +96,6 @@ def test_equivalent_rewards_share_the_optimum_and_batches_are_rows():
         assert torch.allclose(row, optimal_policy_logps(lab.reference_logps, lab.scores, beta=0.5), rtol=0, atol=1e-10)
 
 
-def test_objective_gradient_equals_finite_differences_and_vanishes_at_the_optimum():
-    lab, beta = small_lab(), 0.4
-
-    def objective(logits):
-        return rlhf_objective(logits.log_softmax(-1), lab.reference_logps, lab.scores, beta=beta)
-
-    logits = torch.linspace(-1, 1, 8, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(objective(logits), logits)
-    numeric = scipy.optimize.approx_fprime(logits.detach().numpy(), lambda x: objective(torch.tensor(x)).item(), 1e-7)
-    assert np.abs(gradient.numpy() - numeric).max() < 1e-6
-    summit = optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta).requires_grad_()
-    assert torch.autograd.grad(objective(summit), summit)[0].abs().max() < 1e-12
-
-
 def test_kl_of_a_point_mass_is_finite_with_a_finite_gradient_and_missing_support_is_infinite():
     point = torch.tensor([0.0, -torch.inf], dtype=torch.float64, requires_grad=True)
     half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
@@ -173,35 +136,14 @@ def test_shared_weight_policy_is_autoregressive_and_normalised():
         assert logps[index].item() == pytest.approx(total, abs=1e-12)
 
 
-def test_minimise_agrees_with_scipy_and_reports_every_evaluation():
-    target = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-
-    def loss(x):
-        return ((x - target) ** 4).sum() + (x**2).sum()
-
-    ours = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    history = minimise(lambda: loss(ours), [ours])
-    theirs = scipy.optimize.minimize(lambda x: loss(torch.tensor(x)).item(), np.zeros(3), tol=1e-12)
-    assert np.abs(ours.detach().numpy() - theirs.x).max() < 1e-6
-    assert history[0] == loss(torch.zeros(3, dtype=torch.float64)).item() and history[-1] < history[0]
+def test_minimise_finds_the_minimum_and_reports_every_evaluation():
+    x, target = torch.zeros(3, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    history = minimise(lambda: ((x - target) ** 4 + (x - target) ** 2).sum(), [x])
+    assert (x.detach() - target).abs().max() < 1e-6
+    assert history[0] == (target**4 + target**2).sum() and history[-1] < 1e-12
 
 
 # preferences in the lab
-
-
-def test_bradley_terry_with_offset_is_scipys_logistic_and_its_quadrature():
-    difference = np.linspace(-4, 4, 9)
-    gumbel = scipy.stats.gumbel_r
-
-    def integrand(g, demanded):  # over the rejected response's noise
-        return gumbel.pdf(g) * gumbel.sf(g + demanded)
-
-    for offset in (-1.0, 0.0, 2.0):
-        ours = bradley_terry_logps(torch.tensor(difference), torch.zeros(9, dtype=torch.float64), offset=offset).exp().numpy()
-        assert np.abs(ours - scipy.stats.logistic.sf(offset - difference)).max() < 1e-12
-        integrals = [scipy.integrate.quad(integrand, -10, 60, args=(offset - d,), limit=200)[0] for d in difference]
-        assert np.abs(ours - integrals).max() < 1e-7
-    assert scipy.stats.logistic.var() == pytest.approx(math.pi**2 / 3)  # not 1
 
 
 def population_pairs(lab):
@@ -209,7 +151,7 @@ def population_pairs(lab):
     return i, j, torch.sigmoid(lab.scores[i] - lab.scores[j])
 
 
-@pytest.mark.parametrize(("beta", "alpha"), [(0.3, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 3.0)])
+@pytest.mark.parametrize(("beta", "alpha"), [(0.3, 0.0), (0.5, 3.0)])
 def test_population_odpo_with_signed_offset_is_the_optimum_at_beta_over_one_plus_alpha(beta, alpha):
     lab = make_lab(seed=6)
     i, j, p = population_pairs(lab)
@@ -225,20 +167,6 @@ def test_population_odpo_with_signed_offset_is_the_optimum_at_beta_over_one_plus
     minimise(loss, policy.parameters())
     predicted = optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta / (1 + alpha))
     assert kl_divergence(policy().detach(), predicted) < 1e-8
-
-
-def test_population_dpo_found_by_scipy_is_the_optimum():
-    lab, beta = small_lab(), 0.5
-    i, j, p = (each.numpy() for each in population_pairs(lab))
-    reference = lab.reference_logps.numpy()
-
-    def loss(logits):
-        margin = beta * ((logits - reference)[i] - (logits - reference)[j])  # log Z of the softmax cancels
-        return (p * np.logaddexp(0, -margin) + (1 - p) * np.logaddexp(0, margin)).mean()
-
-    found = scipy.optimize.minimize(loss, np.zeros(8), method="BFGS", options={"gtol": 1e-9}).x
-    optimum = optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta)
-    assert kl_divergence(torch.tensor(found).log_softmax(-1), optimum) < 1e-8
 
 
 def test_population_plackett_luce_is_the_optimum():
@@ -332,30 +260,24 @@ PAIR = torch.zeros(2)
         (lambda: optimal_policy_logps(GOOD, torch.zeros(3), beta=1.0), "over the same N responses"),
         (lambda: optimal_policy_logps(PAIR, PAIR, beta=1.0), "sum to 1, got a log-sum of 0.6931"),
         (lambda: log_partition(GOOD, PAIR, beta=-1.0), "log_partition: expected finite beta > 0"),
-        (lambda: log_partition(GOOD, torch.zeros(3), beta=1.0), "over the same N responses"),
-        (lambda: log_partition(PAIR, PAIR, beta=1.0), "log_softmax"),
         (lambda: kl_divergence(GOOD, THREE), "kl_divergence: expected tensors"),
         (lambda: kl_divergence(PAIR, GOOD), "sum to 1"),
         (lambda: kl_divergence(GOOD, PAIR), "sum to 1"),
         (lambda: kl_divergence(GOOD * float("nan"), GOOD), "sum to 1"),
         (lambda: kl_divergence(torch.tensor(0.0), torch.tensor(0.0)), "last dimension"),
         (lambda: rlhf_objective(GOOD, GOOD, PAIR, beta=float("nan")), "expected finite beta > 0"),
-        (lambda: rlhf_objective(GOOD, GOOD, torch.zeros(3), beta=1.0), "over the same N responses"),
         (lambda: rlhf_objective(PAIR, GOOD, PAIR, beta=1.0), "sum to 1"),
         (lambda: implicit_scores(GOOD, GOOD, beta=0.0), "implicit_scores: expected finite beta > 0"),
-        (lambda: implicit_scores(GOOD, THREE, beta=1.0), "over the same N responses"),
         (lambda: all_responses(1, 4), "all_responses: expected num_symbols >= 2"),
         (lambda: all_responses(4, 0), "length >= 1"),
         (lambda: make_lab(10, 5), "at most 10,000"),
         (lambda: minimise(lambda: PAIR.sum(), [PAIR], num_steps=0), "minimise: expected num_steps >= 1"),
         (lambda: reward_model_loss(torch.zeros(2), torch.zeros(3)), "one shape"),
         (lambda: ipo_loss(PAIR, PAIR, PAIR, torch.zeros(3), beta=1.0), "ipo_loss: expected four"),
-        (lambda: ipo_loss(GOOD[0], GOOD[0], GOOD[0], GOOD[0], beta=1.0), "ipo_loss: expected four"),
         (lambda: ipo_loss(PAIR, PAIR, PAIR, PAIR, beta=0.0), "ipo_loss: expected finite beta > 0"),
         (lambda: ppo_loss(PAIR, PAIR, torch.zeros(3)), "ppo_loss: expected three tensors"),
         (lambda: ppo_loss(PAIR, PAIR, PAIR, clip=0.0), "clip > 0"),
         (lambda: gae(PAIR, PAIR), "gae: expected rewards and values"),
-        (lambda: gae(torch.zeros(2, 3), torch.zeros(2, 4)), "gae: expected rewards and values"),
         (lambda: gae(torch.zeros(2, 3), torch.zeros(2, 3), gamma=1.5), "gamma and lam in"),
         (lambda: gae(torch.zeros(2, 3), torch.zeros(2, 3), lam=-0.1), "gamma and lam in"),
     ],

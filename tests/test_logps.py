@@ -1,13 +1,12 @@
 """Log-probabilities of tokens and responses against torch, a slow loop and transformers' own loss."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
-from pdpo.logps import check_response_mask, sequence_logps, token_logps
+from pdpo.logps import sequence_logps, token_logps
 from pdpo.losses import sft_loss
 
 EOS = 0  # GPT-2 has no pad token: it pads with its EOS
@@ -46,19 +45,6 @@ def test_token_logps_equal_hand_worked_numbers():
     torch.testing.assert_close(token_logps(logits, torch.tensor([[0, 2, 1]])), torch.tensor([[1 / 4, 7 / 10]]).log())
 
 
-def test_token_logps_under_uniform_logits_are_minus_log_v():
-    torch.testing.assert_close(token_logps(torch.full((2, 4, 7), 3.0), batch(b=2, t=4)[1]), torch.full((2, 3), -math.log(7)))
-
-
-def test_token_logps_equal_a_slow_loop():
-    logits, ids = batch()
-    slow = torch.zeros(3, 5)
-    for row, t in itertools.product(range(3), range(5)):
-        scores = logits[row, t].tolist()
-        slow[row, t] = scores[ids[row, t + 1]] - math.log(sum(math.exp(s) for s in scores))
-    torch.testing.assert_close(token_logps(logits, ids), slow)
-
-
 def test_token_logps_equal_torch_cross_entropy():
     logits, ids = batch()
     expected = -cross_entropy(logits[:, :-1].reshape(-1, 7), ids[:, 1:].reshape(-1), reduction="none").view(3, 5)
@@ -77,19 +63,7 @@ def test_column_t_reads_logits_t_and_token_t_plus_one_and_nothing_else():
         assert by_logits == ([t] if t < 5 else []) and by_ids == ([t - 1] if t > 0 else [])
 
 
-def test_a_constant_added_to_a_position_leaves_token_logps_unchanged():
-    logits, ids = batch()
-    torch.testing.assert_close(token_logps(logits + torch.arange(-9.0, 9.0).view(3, 6, 1), ids), token_logps(logits, ids))
-
-
-def test_token_logps_gradient_is_one_hot_minus_softmax():
-    logits, ids = batch()
-    token_logps(logits.requires_grad_(), ids).sum().backward()
-    expected = one_hot(ids[:, 1:], 7) - logits.detach()[:, :-1].softmax(-1)
-    torch.testing.assert_close(logits.grad, torch.cat([expected, torch.zeros(3, 1, 7)], dim=1))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_logits_of_any_precision_give_float32_logps_with_float32_accuracy(dtype):
     logits, ids = batch()
     logits = logits.to(dtype)
@@ -120,17 +94,6 @@ def test_sequence_logps_is_the_sum_over_response_tokens_and_not_their_mean():
     torch.testing.assert_close(sequence_logps(logits, ids, mask), -math.log(4) * torch.tensor([1.0, 3.0, 5.0]))
 
 
-def test_sequence_logps_equals_a_slow_loop():
-    logits, ids = batch()
-    mask = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)) < 0.6
-    mask[:, 0], mask[:, 2] = False, True
-    tokens, slow = token_logps(logits, ids), torch.zeros(3)
-    for row, t in itertools.product(range(3), range(1, 6)):
-        if mask[row, t]:
-            slow[row] += tokens[row, t - 1]
-    torch.testing.assert_close(sequence_logps(logits, ids, mask), slow)
-
-
 def test_the_eos_is_scored_where_the_mask_includes_it(padded):
     ids, _, response = padded
     logits = batch(b=2, t=7, v=11)[0]
@@ -138,22 +101,6 @@ def test_the_eos_is_scored_where_the_mask_includes_it(padded):
     eos_logps = logits.log_softmax(-1)[[0, 1], [3, 5], EOS]
     difference = sequence_logps(logits, ids, response) - sequence_logps(logits, ids, without_eos)
     torch.testing.assert_close(difference, eos_logps)
-
-
-def test_a_mask_inferred_from_the_pad_id_would_lose_the_eos_and_so_is_wrong(padded, gpt2):
-    ids, real, response = padded
-    logits = gpt2(ids, attention_mask=real).logits
-    inferred = response & (ids != EOS)
-    assert (sequence_logps(logits, ids, inferred) > sequence_logps(logits, ids, response) + 1e-3).all()
-
-
-def test_prompt_and_padding_tokens_do_not_count(padded):
-    ids, _, response = padded
-    logits, other_logits = batch(b=2, t=7, v=11)[0], batch(b=2, t=7, v=11, seed=1)[0]
-    predicts_response = response.roll(-1, dims=1)
-    other_logits[predicts_response] = logits[predicts_response]
-    other_ids = torch.where(response, ids, 5)
-    assert torch.equal(sequence_logps(logits, ids, response), sequence_logps(other_logits, other_ids, response))
 
 
 @pytest.mark.parametrize("where", ["prompt", "padding"])
@@ -167,16 +114,6 @@ def test_minus_infinity_outside_the_response_gives_no_nan_in_value_or_gradient(w
     assert torch.equal(logps, expected)
     logps.sum().backward()
     assert logits.grad.isfinite().all() and (logits.grad[0, position] == 0).all()
-
-
-def test_response_probabilities_of_an_enumerated_language_sum_to_one(gpt2):
-    # all 11 * 11 two-token responses to one prompt
-    prompt = torch.tensor([3, 7]).expand(121, 2)
-    ids = torch.cat([prompt, torch.cartesian_prod(torch.arange(11), torch.arange(11))], dim=1)
-    mask = torch.tensor([False, False, True, True]).expand(121, 4)
-    with torch.no_grad():
-        logps = sequence_logps(gpt2(ids).logits, ids, mask)
-    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5) and logps.std() > 0.1
 
 
 def test_sequence_logps_and_sft_loss_equal_the_transformers_loss_in_value_and_gradient(padded, gpt2):
@@ -209,9 +146,7 @@ def test_each_row_of_a_padded_batch_equals_the_transformers_loss_of_that_row_alo
     [
         ((2, 5), (2, 5), r"\(B, T, V\).*got \(2, 5\)"),
         ((2, 4, 7), (2, 5), r"got \(2, 4, 7\) and \(2, 5\)\. Pass both unshifted"),
-        ((3, 5, 7), (2, 5), r"got \(3, 5, 7\) and \(2, 5\)"),
         ((2, 1, 7), (2, 1), "at least 2 tokens a row, got 1"),
-        ((2, 0, 7), (2, 0), "at least 2 tokens a row, got 0"),
     ],
 )
 def test_logits_and_ids_that_do_not_belong_together_raise(logits, ids, words):
@@ -223,20 +158,15 @@ def test_logits_and_ids_that_do_not_belong_together_raise(logits, ids, words):
     "mask, words",
     [
         (torch.ones(4, 5, dtype=torch.int64), r"expected response_mask bool of shape \(4, 5\), got torch.int64"),
-        (torch.ones(4, 5), "got torch.float32"),
         (torch.ones(4, 4, dtype=torch.bool), r"bool of shape \(4, 5\), got torch.bool \(4, 4\)"),
-        (torch.ones(5, dtype=torch.bool), r"got torch.bool \(5,\)"),
         (torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]]).bool(), r"rows \[1, 3\] score their first token"),
         (torch.tensor([[0, 0, 1], [0, 0, 0], [0, 1, 1], [0, 0, 0]]).bool(), r"rows \[1, 3\] have no response token"),
     ],
 )
-@pytest.mark.parametrize(
-    "check", [lambda ids, mask: sequence_logps(torch.zeros(*ids.shape, 7), ids, mask), check_response_mask]
-)
-def test_each_bad_response_mask_raises_and_names_the_rows(check, mask, words):
+def test_each_bad_response_mask_raises_and_names_the_rows(mask, words):
     ids = torch.zeros(4, 3 if "rows" in words else 5, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"sequence_logps: .*{words}"):
-        check(ids, mask)
+        sequence_logps(torch.zeros(*ids.shape, 7), ids, mask)
 
 
 def test_one_row_without_a_batch_dimension_raises():

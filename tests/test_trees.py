@@ -12,7 +12,6 @@ from pdpo.training import (
     row_losses,
     shared_policy_logps,
     train,
-    with_reference_logps,
 )
 from pdpo.trees import ancestor_mask, build_tree, tree_logps
 
@@ -74,9 +73,16 @@ def test_a_tree_by_hand():
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [5, 6]]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("method, num_responses", [("dpo", 2), ("plackett_luce", 4), ("sft", 1)])
+@pytest.mark.parametrize(
+    "kind, attention, method, num_responses",
+    [
+        ("gpt2", "sdpa", "dpo", 2),
+        ("gpt2", "eager", "plackett_luce", 4),
+        ("llama", "sdpa", "sft", 1),
+        ("llama", "eager", "dpo", 2),
+        ("qwen2", "sdpa", "plackett_luce", 4),
+    ],
+)
 def test_trees_give_the_plain_logps_losses_and_gradients(kind, attention, method, num_responses):
     policy, rows = random_policy(kind, attention), random_rows(num_responses=num_responses)
     torch.testing.assert_close(shared_policy_logps(policy, rows), policy_logps(policy, rows), rtol=0, atol=1e-4)
@@ -110,7 +116,7 @@ class WithoutMask(torch.nn.Module):
         return self.policy(**arguments)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # learned and rotary positions
 def test_each_part_of_the_layout_is_needed(monkeypatch, kind):
     policy, rows = random_policy(kind), random_rows(num_rows=2)[:2]
     sequences = [each for row in rows for each in row.sequences]
@@ -147,53 +153,6 @@ def test_what_is_shared_is_laid_out_once_and_no_tree_is_larger_than_the_budget(m
         cut = tree_logps(policy, sequences, max_tokens=budget)
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-4)
         assert max(sizes) <= max(budget, max(len(each.input_ids) for each in sequences)) and len(sizes) > 1
-
-
-def test_the_reference_pass_is_the_plain_one():
-    policy, rows = random_policy(), random_rows()
-    done = with_reference_logps(policy, rows, micro_batch_size=4)
-    stored = torch.tensor([row.reference_logps for row in done])
-    torch.testing.assert_close(stored, policy_logps(policy, rows).detach(), rtol=0, atol=1e-4)
-
-
-def test_training_on_trees_repeats_its_bits_and_stays_near_the_plain_path(monkeypatch):
-    rows, config = random_rows(), TrainConfig("dpo", 6, 4, 1e-3, beta=0.3, micro_batch_size=4)
-
-    def trained():
-        policy = random_policy()
-        history = train(policy, rows, config, show_progress=False)
-        return history, policy.state_dict()
-
-    history, weights = trained()
-    again, weights_again = trained()
-    assert history == again and all(torch.equal(weights[key], weights_again[key]) for key in weights)
-    monkeypatch.setattr("pdpo.training.fastest_logps", lambda policy, rows: policy_logps)
-    plain, _ = trained()
-    assert [each["loss"] for each in plain[1:]] == pytest.approx([each["loss"] for each in history[1:]], abs=1e-3)
-
-
-@pytest.mark.parametrize("method, num_responses", [("dpo", 2), ("sft", 1)])
-def test_a_stopped_run_on_trees_goes_on_with_the_same_bits(tmp_path, method, num_responses):
-    rows = random_rows(num_responses=num_responses)
-    config = TrainConfig(method, 6, 4, 1e-3, beta=None if method == "sft" else 0.3, micro_batch_size=4)
-    unbroken, stopped = random_policy(), random_policy()
-    expected = train(unbroken, rows, config, show_progress=False)
-    arguments = {"checkpoint": tmp_path / "checkpoint.pt", "checkpoint_seconds": 0, "show_progress": False}
-
-    calls = []
-
-    def stop(policy):
-        calls.append(policy)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped, rows, config, measure=stop, evaluate_every=2, **arguments)
-    resumed = random_policy(seed=1)
-    assert train(resumed, rows, config, **arguments) == expected
-    for mine, value in zip(resumed.parameters(), unbroken.parameters(), strict=True):
-        assert torch.equal(mine, value)
 
 
 def test_policies_that_take_no_tree_run_on_the_plain_path_and_it_is_said(capsys):

@@ -1,0 +1,326 @@
+"""Breaks the package one line at a time, each time in a copy, and says which test notices: `python tests/dev/mutants.py`.
+
+Run by hand, from anywhere, with the Python that runs the tests; CI does not run it. A mutant is addressed by the qualified name
+of a definition anywhere under pdpo/ and by a piece of its code that stands there once (docstrings do not count), so that moving
+a definition to another module changes nothing. Where that is no longer found, or a named test file is gone, the mutant is "NOT
+APPLICABLE" and not caught: reword it. With $PDPO_DATA_DIR set, tests of real data take part.
+"""
+
+import argparse
+import ast
+import collections
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval takes seconds to load
+
+import pytest  # noqa: E402
+import scipy.stats  # noqa: E402, F401
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel  # noqa: E402, F401
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600  # a mutant may well run for ever; then it is caught
+
+
+class Mutant(NamedTuple):
+    name: str  # what the mutation is, as --only takes it
+    definition: str  # qualified name: a function, Class.method, function.inner, a class or a module's variable
+    text: str
+    replacement: str
+    tests: str  # the files tests/test_*.py that should notice, the quickest first
+
+    @property
+    def files(self) -> list[str]:
+        return [f"tests/test_{name}.py" for name in self.tests.split()]
+
+
+# fmt: off
+# ruff: noqa: E501
+MUTANTS = [Mutant(*each) for each in (
+    # the mathematics
+    ("bradley-terry: offset added", "bradley_terry_logps", "- rejected_scores - offset", "- rejected_scores + offset", "preferences"),
+    ("plackett-luce: worst first", "plackett_luce_logps", "scores.flip(-1).logcumsumexp(-1).flip(-1)", "scores.logcumsumexp(-1)", "preferences"),
+    ("gumbel: sign of the noise", "gumbel_sample", "- exponential.log()", "+ exponential.log()", "preferences"),
+    ("gumbel: generator ignored", "gumbel_sample", "exponential_(generator=generator)", "exponential_()", "preferences"),
+    ("ranking: worst first", "gumbel_ranking", "descending=True", "descending=False", "preferences"),
+    ("ranking: ranks for indices", "gumbel_ranking", "descending=True)", "descending=True).argsort(-1)", "preferences"),
+    ("logps: token not shifted", "token_logps", "input_ids[:, 1:, None]", "input_ids[:, :-1, None]", "logps"),
+    ("logps: log-softmax in low precision", "token_logps", ".float().log_softmax(-1)", ".log_softmax(-1).float()", "logps"),
+    ("logps: mask shifted by one", "sequence_logps", "response_mask[:, 1:]", "response_mask[:, :-1]", "logps"),
+    ("logps: mean for sum", "sequence_logps", ".sum(1)", ".mean(1)", "logps"),
+    ("logps: mask by multiplying", "sequence_logps", ".masked_fill(~scored, 0.0)", ".mul(scored)", "logps"),
+    ("dpo: sign of beta", "dpo_loss", "chosen_rewards = beta * (policy_chosen", "chosen_rewards = -beta * (policy_chosen", "losses"),
+    ("dpo: beta missing", "dpo_loss", "= beta * (policy_rejected", "= 1.0 * (policy_rejected", "losses"),
+    ("dpo: references swapped", "dpo_loss", "(policy_chosen_logps - reference_chosen_logps)", "(policy_chosen_logps - reference_rejected_logps)", "losses"),
+    ("dpo: chosen and rejected swapped", "dpo_loss", "chosen_rewards - rejected_rewards - offset", "rejected_rewards - chosen_rewards - offset", "losses"),
+    ("dpo: offset added", "dpo_loss", "- rejected_rewards - offset", "- rejected_rewards + offset", "losses"),
+    ("dpo: label smoothing flips nothing", "dpo_loss", "logsigmoid(-logits)", "logsigmoid(logits)", "losses"),
+    ("dpo: rewards carry a gradient", "dpo_loss", "rejected_rewards.detach()", "rejected_rewards", "losses"),
+    ("dpo: half the labels wrong allowed", "dpo_loss", "label_smoothing < 0.5", "label_smoothing <= 0.5", "losses"),
+    ("losses: beta 0 allowed", "_check_beta", "0 < beta", "0 <= beta", "losses"),
+    ("margins: wrong way round", "PairLoss.margins", "self.chosen_rewards - self.rejected_rewards", "self.rejected_rewards - self.chosen_rewards", "losses"),
+    ("offset: ties and flips clamped", "score_offset", "torch.where(difference > 0, difference, 1.0)", "difference.clamp(min=1e-6)", "losses"),
+    ("offset: flips as right pairs", "score_offset", "difference > 0, difference, 1.0", "difference != 0, difference.abs(), 1.0", "losses"),
+    ("offset: alpha ignored", "score_offset", "return alpha * difference", "return difference", "losses"),
+    ("offset: carries a gradient", "score_offset", "chosen_scores.detach(), rejected_scores.detach()", "chosen_scores, rejected_scores", "losses"),
+    ("plackett-luce loss: beta missing", "plackett_luce_loss", "beta * (policy_logps", "1.0 * (policy_logps", "losses"),
+    ("ipo: target 1 / beta", "ipo_loss", "1 / (2 * beta)", "1 / beta", "exact"),
+    ("slic: margin beta", "slic_loss", "1 / beta -", "beta -", "losses"),
+    ("slic: regularization unlearns", "slic_loss", "- regularization *", "+ regularization *", "losses"),
+    ("reward model loss: swapped", "reward_model_loss", "(chosen_scores, rejected_scores)", "(rejected_scores, chosen_scores)", "exact"),
+    ("ppo: the larger of the two", "ppo_loss", "torch.minimum", "torch.maximum", "exact"),
+    ("gae: lambda ignored", "gae", "gamma * lam * running", "gamma * running", "exact"),
+    ("optimum: beta the wrong way", "optimal_policy_logps", "scores / beta", "scores * beta", "exact"),
+    ("kl: the other direction", "kl_divergence", "p_logps.exp() *", "q_logps.exp() *", "exact"),
+    ("kl: 0 log 0 is nan", "kl_divergence", ".masked_fill(p_logps == -torch.inf, 0.0)", "", "exact"),
+    ("objective: pays for KL", "rlhf_objective", "- beta * kl_divergence", "+ beta * kl_divergence", "exact"),
+    ("implicit scores: beta the wrong way", "implicit_scores", "return beta * (", "return 1 / beta * (", "exact"),
+    ("shared weights: sees the next symbol", "SharedWeightPolicy.__init__", ".tril(-1)", ".tril()", "exact"),
+    # data
+    ("record: one response allowed", "Preference.__post_init__", "len(self.responses) < 2", "len(self.responses) < 1", "data"),
+    ("file: not a number is a score", "_is_finite_number", "return math.isfinite(value)", "return True", "data"),
+    ("file: not best first allowed", "_ranked", "a < b for", "a < b - 9 for", "data"),
+    ("split: not by prompt", "split", "parts[part_of[record.prompt.strip()]]", "parts[0 if len(parts[0]) < first else 1 if len(parts[1]) < second - first else 2]", "data"),
+    ("split: seed ignored", "split", "random.Random(seed).shuffle(prompts)", "random.Random(0).shuffle(prompts)", "data"),
+    ("split: by the order of the rows", "split", "sorted({record.prompt.strip() for record in records})", "list(dict.fromkeys(record.prompt.strip() for record in records))", "data"),
+    ("pairs: worse first", "pairs", "(record.responses[i], record.responses[j])", "(record.responses[j], record.responses[i])", "data"),
+    ("pairs: ties kept", "pairs", " and ranks[i] != ranks[j]", "", "data"),
+    ("pairs: seed ignored", "pairs", "random.Random(seed)", "random.Random(0)", "data"),
+    ("scored rows: worst first", "read_scored", "-item[0]", "item[0]", "data"),
+    ("report: ties count as flipped", "data_report", "scores[0] < scores[-1]", "scores[0] <= scores[-1]", "data"),
+    ("fingerprint: blind to scores", "fingerprint", "record.responses, record.scores", "record.responses", "data"),
+    ("toy: worst first", "_responses", "sorted(scored, reverse=True)", "sorted(scored)", "toy"),
+    ("toy: unfinished text graded", "grade", "not finished", "False", "toy"),
+    ("toy: wrong is as good as right", "grade", "5 * correct", "0 * correct", "toy"),
+    ("toy: courtesy excuses rudeness", "grade", '("rude", "courteous")', '("courteous", "rude")', "toy"),
+    ("toy split: seed ignored", "split", "rng = random.Random(seed)", "rng = random.Random(0)", "toy"),
+    ("toy split: a fact's only phrasing held out", "split", "len(group) == 1", "len(group) == 0", "toy"),
+    ("encode: no EOS", "_tokenized", "ids + [tokenizer.eos_token_id]", "ids", "encoding"),
+    ("encode: response cut", "_cut", "encoded.input_ids[surplus:]", "encoded.input_ids[:limit]", "encoding"),
+    ("encode: EOS spelled out becomes one", "_tokenized", "split_special_tokens=True", "split_special_tokens=False", "encoding"),
+    ("collate: first response token not scored", "collate", "position >= num_prompt", "position > num_prompt", "encoding"),
+    ("collate: EOS not scored", "collate", "real & (position >= num_prompt)", "(position < lengths - 1) & (position >= num_prompt)", "encoding"),
+    ("collate: padding scored", "collate", "real & (position >= num_prompt)", "position >= num_prompt", "encoding"),
+    # training
+    ("trees: a token does not see itself", "ancestor_mask", "node[:, None] >= node", "node[:, None] > node", "trees"),
+    ("trees: sequences see each other", "ancestor_mask", "node[:, None] < ends", "node[:, None] <= ends", "trees"),
+    ("trees: positions restart at branches", "build_tree", "range(shared, len(ids))", "range(len(ids) - shared)", "trees"),
+    ("trees: first response token not scored", "build_tree", "path[num_prompt:]", "path[num_prompt + 1 :]", "trees"),
+    ("trees: order of the sequences lost", "tree_logps", ", device=device).argsort()]", ", device=device)]", "trees"),
+    ("step: micro batches weigh alike", "train_step", "scaler.scale(losses.sum() / count", "scaler.scale(losses.mean() / len(parts)", "training"),
+    ("step: no clipping", "train_step", "config.max_grad_norm)", "1e9)", "training"),
+    ("step: gradients pile up", "train_step", "optimizer.zero_grad(set_to_none=True)", "pass", "training"),
+    ("row losses: offset ignored", "row_losses", "offset=offset", "offset=0.0", "training"),
+    ("row losses: label smoothing ignored", "row_losses", "label_smoothing=config.label_smoothing", "label_smoothing=0.0", "training"),
+    ("accuracy: a tie is wrong", "row_losses", "margins.abs() < 1e-4, 0.5", "margins.abs() < 0, 0.5", "training"),
+    ("reference: rows mixed up", "with_reference_logps", "zip(part, logps.tolist(), strict=True)", "zip(sorted(part), logps.tolist(), strict=True)", "training"),
+    ("rate: begins at zero", "learning_rate", "(step + 1) / warmup", "step / warmup", "training"),
+    ("rate: falls to zero", "learning_rate", "0.1 + 0.9 * 0.5", "0.0 + 1.0 * 0.5", "training"),
+    ("batches: seed ignored", "batch_indices", "1_000_003 * seed + epoch", "epoch", "training"),
+    ("batches: every epoch alike", "batch_indices", "* seed + epoch", "* seed", "training"),
+    ("resume: a step is skipped", "train", 'range(history[-1]["step"], config.steps)', 'range(history[-1]["step"] + 1, config.steps)', "training"),
+    ("resume: optimizer begins anew", "train", 'optimizer.load_state_dict(state["optimizer"])', "pass", "training"),
+    ("resume: RNG not restored", "train", 'torch.set_rng_state(state["rng"])', "pass", "training"),
+    ("resume: another config's checkpoint", "load_checkpoint", "if differences:", "if not saved:", "training"),
+    # sampling
+    ("sample: padding is seen", "_extend", "attention_mask[row, longest - len(ids) :] = 1", "attention_mask[row] = 1", "sampling"),
+    ("sample: positions from one", "_extend", ".cumsum(1) - 1)", ".cumsum(1))", "sampling"),
+    ("sample: temperature the wrong way", "_extend", "logits / temperature", "logits * temperature", "sampling"),
+    ("sample: rows mixed up when one ends", "_extend", "[live[i] for i in going_on.tolist()]", "live[: len(going_on)]", "sampling"),
+    ("sample: seed ignored", "sample", "manual_seed(seed)", "manual_seed(0)", "sampling"),
+    ("sample: always finished", "sample", "finished = response_ids[-1] == tokenizer.eos_token_id", "finished = True", "sampling"),
+    ("sample: no room for the response", "sample", "tokenizer.model_max_length - max_new_tokens", "tokenizer.model_max_length - 1", "sampling"),
+    # evaluation
+    ("kl exact: the other direction", "sequence_kl", "p.exp() * (p - q)", "q.exp() * (q - p)", "evaluation"),
+    ("kl k1: sign", "sequence_kl", "-log_ratio, log_ratio.expm1()", "log_ratio, log_ratio.expm1()", "evaluation"),
+    ("kl k3: ratio upside down", "sequence_kl", "log_ratio.expm1() - log_ratio", "(-log_ratio).expm1() + log_ratio", "evaluation"),
+    ("kl: samples in another order", "sequence_kl", "results[:, rows] =", "results[:, start : start + batch_size] =", "evaluation"),
+    ("win: a tie is a loss", "win_values", "< TIE, 0.5", "< TIE, 0.0", "evaluation"),
+    ("win: farther is better", "win_values", "(difference > 0)", "(difference < 0)", "evaluation"),
+    ("grades: finished ignored", "toy_grades", "finished=each.finished", "finished=True", "evaluation"),
+    ("by prompt: samples of other prompts", "by_prompt", "reshape(-1, num_samples).mean(1)", "reshape(num_samples, -1).mean(0)", "evaluation"),
+    ("bootstrap: seeds not drawn again", "bootstrap_interval", "of_seed[seeds].mean(1)", "of_seed[np.sort(seeds) * 0 + np.arange(len(of_seed))].mean(1)", "evaluation"),
+    ("bootstrap: one tail", "bootstrap_interval", "(1 - level) / 2", "(1 - level)", "evaluation"),
+    ("pareto: equal KL never beats", "pareto_set", "kl[:, None] <= kl", "kl[:, None] < kl", "frontier"),
+    ("height: area, not mean", "height_between", " / (high - low)", "", "frontier"),
+    ("height: knots of one frontier", "height_between", "np.concatenate([kl, other_kl])", "kl", "frontier"),
+    ("frontier: draws not paired", "resampled", "frontier.points(seeds, prompts)", "frontier.points(rng.integers(num_seeds, size=num_seeds), prompts)", "frontier"),
+    ("rankings: worst first", "bootstrapped_rankings", "reverse=True", "reverse=False", "frontier"),
+    ("reward: not at the EOS", "last_hidden", "lengths - 1]", "lengths - 2]", "reward"),
+    ("reward: weights not scaled back", "fit_reward_head", "(weights / scale)", "(weights * scale)", "reward"),
+    ("calibration: bins from zero", "calibration", "(confidence - 0.5) * 2 * num_bins", "confidence * num_bins", "reward"),
+    ("calibration: bins weigh alike", "calibration", 'row["pairs"] * abs(', "abs(", "reward"),
+    # experiments and stages
+    ("stage key: ignores the ingredients", "run_stage", "json.dumps(config, sort_keys=True)", "json.dumps(name)", "experiments"),
+    ("stage key: ignores the code", "run_stage", "code_version(code)", '""', "experiments"),
+    ("preference key: ignores the data", "run_preference", '"data": fingerprint(records + held_out_records)', '"data": ""', "experiments"),
+    ("preference key: ignores the SFT stage", "run_preference", '"sft": sft.path.name', '"sft": ""', "experiments"),
+    ("preference: alpha 0 is the preset's", "run_preference", "preset.alpha if alpha is None else alpha", "alpha or preset.alpha", "experiments"),
+    ("preference: pairs of another seed", "run_preference", "num_per_prompt=preset.pairs_per_prompt, seed=seed", "num_per_prompt=preset.pairs_per_prompt, seed=0", "experiments"),
+    ("preference: begins at random weights", "run_preference.build", "sft.load_tokenizer(), sft.load_policy()", "sft.load_tokenizer(), load_policy(sft.preset)", "experiments"),
+    ("reference cache: blind to the rows", "_with_cached_reference", "[row.sequences for row in rows]", "len(rows)", "experiments"),
+    ("win rate: judged against the second best", "run_win_rate.build", "record.responses[-1]", "record.responses[1]", "experiments"),
+    ("win rate key: ignores the judge", "run_win_rate", '"judge": preset.judge', '"judge": ""', "experiments"),
+    ("win rate key: ignores the samples", "run_win_rate", '"num_samples": num_samples', '"num_samples": 0', "experiments"),
+    ("win rate: KL of the reference", "run_win_rate.build", "sequence_kl(policy, sft.load_policy()", "sequence_kl(sft.load_policy(), policy", "experiments frontier"),
+    ("frontier: one seed's records for all", "run_frontiers", "records[seed]", "records[preset.seeds[0]]", "frontier"),
+    ("frontier: betas and seeds mixed up", "run_frontiers", "reshape(len(preset.seeds), len(of_name), -1)", "reshape(len(of_name), len(preset.seeds), -1).swapaxes(0, 1)", "frontier"),
+)]
+# fmt: on
+
+
+class NotApplicable(Exception):
+    """The mutant does not fit the code as it is now."""
+
+
+def definitions(tree: ast.Module) -> dict[str, list[ast.stmt]]:
+    """The definitions of one module by their qualified names."""
+    found = collections.defaultdict(list)
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found[prefix + node.name].append(node)
+                visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    found[prefix + ast.unparse(target)].append(node)
+
+    visit(tree.body, "")
+    return found
+
+
+def mutated(package: Path, mutant: Mutant) -> tuple[Path, str]:
+    """The file that the mutant changes and its new source."""
+    missing = [file for file in mutant.files if not (package.parent / file).is_file()]
+    if missing:
+        raise NotApplicable(f"there is no {', '.join(missing)}")
+    found, places = False, []
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in definitions(ast.parse(source))[mutant.definition]:
+            found = True
+            lines = source.splitlines(keepends=True)
+            first, last = node.lineno - 1, node.end_lineno
+            doc = node.body[0] if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) else None
+            for start, end in ((first, doc.lineno - 1), (doc.end_lineno, last)) if doc else ((first, last),):
+                code = "".join(lines[start:end])
+                changed = "".join(lines[:start]) + code.replace(mutant.text, mutant.replacement) + "".join(lines[end:])
+                places += [(path, changed)] * code.count(mutant.text)
+    if len(places) != 1:
+        raise NotApplicable(
+            f"{mutant.text!r} is {len(places)} times in {mutant.definition}" if found else f"there is no {mutant.definition}"
+        )
+    try:
+        compile(places[0][1], str(places[0][0]), "exec")
+    except SyntaxError as error:
+        raise NotApplicable(f"it does not compile: {error}") from None
+    return places[0]
+
+
+class Trial:
+    """One run of pytest in a fork of this process, which has loaded the large libraries, so that a mutant takes a second."""
+
+    def __init__(self, checkout: Path, files: list[str], thorough: bool = False):
+        self.began, self.log = time.monotonic(), checkout / "pytest.log"
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            os.setsid()
+            os.chdir(checkout)
+            os.environ["PYTHONPATH"] = sys.path[0] = str(checkout)  # also for the processes that tests start
+            sys.dont_write_bytecode = True
+            with open(self.log, "wb") as log:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+            status = pytest.main([*options, *files])
+            if thorough and status == 0:
+                command = [sys.executable, "-m", "pytest", *options, "tests", *(f"--ignore={file}" for file in files)]
+                status = subprocess.call(command)
+            sys.stdout.flush()
+            os._exit(int(status))
+        finally:
+            os._exit(99)
+
+    def ended(self) -> bool:
+        late = time.monotonic() > self.began + SECONDS
+        if late:
+            os.killpg(self.pid, signal.SIGKILL)
+        pid, status = os.waitpid(self.pid, 0 if late else os.WNOHANG)
+        if pid:
+            said = self.log.read_text(encoding="utf-8", errors="replace")
+            failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.MULTILINE)
+            self.seconds = round(time.monotonic() - self.began, 1)
+            self.passed = status == 0
+            self.failed = "no end" if late else failed[1] if failed else f"exit status {os.waitstatus_to_exitcode(status)}"
+        return bool(pid)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", help="a mutant's name or a part of it; more than once for more of them")
+    parser.add_argument("--thorough", action="store_true", help="try the whole suite on what survives the files named for it")
+    parser.add_argument("--out", type=Path, help="a JSON file for the verdicts")
+    parser.add_argument("-j", type=int, default=1, metavar="N", help="mutants at a time")
+    options = parser.parse_args()
+    chosen = [each for each in MUTANTS if not options.only or any(part in each.name for part in options.only)]
+    if not chosen or options.j < 1:
+        parser.error(f"expected -j of at least 1 and --only of some of: {', '.join(each.name for each in MUTANTS)}")
+    results = []
+
+    def report(mutant: Mutant, verdict: str, by: str, seconds: float = 0.0) -> None:
+        results.append(mutant._asdict() | {"verdict": verdict, "by": by, "seconds": seconds})
+        print(f"{verdict:14} {seconds:6.1f} s  {mutant.name}  ({by})", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="pdpo-mutants-") as folder:
+        skipped = shutil.ignore_patterns(".git", ".venv", "runs", "figures", "__pycache__", ".*_cache")
+        copies = [Path(shutil.copytree(ROOT, Path(folder) / str(number), ignore=skipped)) for number in range(options.j)]
+        unbroken = Trial(copies[0], sorted({file for each in chosen for file in each.files if (ROOT / file).is_file()}))
+        while not unbroken.ended():
+            time.sleep(0.1)
+        if not unbroken.passed:
+            print(f"{unbroken.failed} fails without any mutation: mend that first, else nothing can be told")
+            return 2
+        print(f"the tests pass as they are ({unbroken.seconds} s)", flush=True)
+        waiting, running = chosen[::-1], {}
+        while waiting or running:
+            while waiting and copies:
+                mutant, copy = waiting.pop(), copies.pop()
+                try:
+                    path, source = mutated(copy / "pdpo", mutant)
+                except NotApplicable as reason:
+                    report(mutant, "NOT APPLICABLE", str(reason))
+                    copies.append(copy)
+                    continue
+                original = path.read_bytes()
+                path.write_text(source, encoding="utf-8")
+                running[Trial(copy, mutant.files, options.thorough)] = (mutant, copy, path, original)
+            for trial in [each for each in running if each.ended()]:
+                mutant, copy, path, original = running.pop(trial)
+                path.write_bytes(original)
+                copies.append(copy)
+                verdict = ("SURVIVED", mutant.tests) if trial.passed else ("caught", trial.failed)
+                report(mutant, *verdict, trial.seconds)
+            time.sleep(0.05)
+    score = collections.Counter(each["verdict"] for each in results)
+    print(f"{score['caught']} of {len(results)} caught, {score['SURVIVED']} survived, {score['NOT APPLICABLE']} not applicable")
+    if options.out:
+        options.out.write_text(json.dumps({"score": score, "mutants": results}, indent=1) + "\n", encoding="utf-8")
+    return 0 if score["caught"] == len(results) else 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

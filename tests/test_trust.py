@@ -1,0 +1,351 @@
+"""Nothing is silently wrong: what is damaged, stale, out of place or out of range is noticed, said in one line, and lost nowhere."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import stages
+import torch
+from conftest import same_weights, wait_until
+from safetensors.torch import load_file, save_file
+
+import pdpo
+from pdpo import __main__, experiments, files, kept, models
+from pdpo.checkpoint import load_checkpoint, save_checkpoint
+from pdpo.files import is_whole, read_sealed, source_digest, write_sealed
+from pdpo.stages import check_large_files, runs_dir
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "deleted": lambda file: file.unlink(),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+STAGES = {  # what a call gives, as something that can be compared
+    "sft": lambda sft: (sft.path, sft.history),
+    "preference": lambda sft: (lambda run: (run.path, run.history))(experiments.run_preference(sft, method="dpo", beta=0.1)),
+    "reward model": lambda sft: (lambda made: (made.path, made.held_out.tolist()))(experiments.run_reward_model(sft)),
+    "win rate": lambda sft: (lambda made: (made.path, made.rows))(stages.run_win_rate(run=sft)),
+}
+
+
+@pytest.mark.parametrize("kind, file, damage", [
+    ("sft", "policy/model.safetensors", "flipped"), ("sft", "history.json", "cut"), ("sft", "policy/tokenizer.json", "deleted"),
+    ("sft", "stage.json", "flipped"), ("preference", "stage.json", "emptied"), ("preference", "history.json", "flipped"),
+    ("preference", "policy/config.json", "a folder"), ("reward model", "reward_model.json", "flipped"),
+    ("reward model", "stage.json", "deleted"), ("win rate", "rows.json", "flipped"), ("win rate", "rows.json", "cut"),
+])  # fmt: skip
+def test_a_damaged_stage_is_set_aside_said_and_made_again(quick, capsys, kind, file, damage):
+    sft = experiments.run_sft(quick)
+    path, before = STAGES[kind](sft)
+    DAMAGES[damage](path / file)
+    capsys.readouterr()
+    again, after = STAGES[kind](experiments.run_sft(quick))
+    assert again == path and after == before and (path / file).is_file()
+    said = capsys.readouterr().out
+    assert str(path) in said and f"set aside as {path.name}.damaged1" in said and "and made again" in said
+    assert path.with_name(f"{path.name}.damaged1").is_dir()
+
+
+def test_what_stands_where_a_stage_belongs_is_set_aside(quick):
+    path = experiments.run_sft(quick).path
+    shutil.rmtree(path)
+    path.write_text("a file")
+    assert experiments.run_sft(quick).path == path and path.is_dir()
+    assert path.with_name(f"{path.name}.damaged1").read_text() == "a file"
+
+
+def test_large_weights_are_checked_when_they_are_first_needed(quick, monkeypatch):
+    monkeypatch.setattr(pdpo.stages, "LARGE", 1000)
+    run = experiments.run_sft(quick)
+    flip(run.path / "policy" / "model.safetensors")
+    assert experiments.run_sft(quick).path == run.path  # nothing needed them so far
+    with pytest.raises(ValueError, match="was damaged and has been set aside. Run the same again"):
+        run.load_policy()
+    check_large_files.cache_clear()
+    assert same_weights(experiments.run_sft(quick), experiments.run_sft(replace(quick, name="other")))
+
+
+def test_damaged_reference_log_probabilities_are_computed_anew(quick, capsys):
+    sft = experiments.run_sft(quick)
+    before = experiments.run_preference(sft, method="dpo", beta=0.1).history
+    (first, *_) = sorted(sft.path.parent.glob("*-reference-*.json"))
+    flip(first)
+    shutil.rmtree(experiments.run_preference(sft, method="dpo", beta=0.1).path)
+    assert experiments.run_preference(sft, method="dpo", beta=0.1).history == before
+    assert f"{first.name}.damaged1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
+def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(tmp_path, capsys, damage):
+    path, state = tmp_path / "checkpoint.pt", {"policy": {"weight": torch.arange(1000.0)}, "config": {"lr": 1.0}}
+    save_checkpoint(path, state)
+    assert torch.equal(load_checkpoint(path, {"lr": 1.0})["policy"]["weight"], state["policy"]["weight"])
+    DAMAGES[damage](path)
+    assert load_checkpoint(path, {"lr": 1.0}) is None and "set aside" in capsys.readouterr().out
+    assert not path.exists() and (tmp_path / "checkpoint.pt.damaged1").exists()
+
+
+def test_a_seal_sees_every_single_byte(tmp_path):
+    file = tmp_path / "file"
+    write_sealed(file, b"twelve bytes")
+    whole = file.read_bytes()
+    assert read_sealed(file) == b"twelve bytes" and read_sealed(tmp_path / "absent") is None
+    for i in range(len(whole)):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+        assert not is_whole(file)
+    for content in (whole[:-1], whole + b" ", b"", whole[:5]):
+        file.write_bytes(content)
+        assert not is_whole(file)
+
+
+def test_files_reach_the_disk_before_they_take_their_name(tmp_path, monkeypatch):
+    seen, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda number: seen.append("on disk") or fsync(number))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: seen.append("named") or rename(*paths))
+    files.write_json(tmp_path / "a.json", 1)
+    assert seen == ["on disk", "named"]
+
+
+class Encoder:
+    """Counts what it is asked, and answers with each text's length and bytes."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, texts, **_):
+        self.asked += texts
+        return [[len(text), sum(text.encode())] for text in texts]
+
+
+def test_the_judges_store_confuses_no_two_texts_and_survives_damage(tmp_path, capsys):
+    file, texts = tmp_path / "store", ["abc", "abc\0", "abc\n", " abc", "é", "é", ""]
+    first = models.Judge(Encoder(), file).embed(texts)
+    again = models.Judge(Encoder(), file)
+    assert torch.equal(again.embed(texts), first) and again.model.asked == []
+    flip(file)
+    anew = models.Judge(Encoder(), file)
+    assert torch.equal(anew.embed(texts), first) and set(anew.model.asked) == set(texts)
+    assert "set aside as store.damaged1" in capsys.readouterr().out
+
+
+# weights and staleness
+
+
+def saved_model(folder: Path, tokenizer, **sizes) -> Path:
+    preset = replace(pdpo.presets.get_preset("tiny"), embedding=32, layers=2, heads=2, **sizes)
+    models.load_policy(preset, tokenizer=tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_whose_tensors_are_not_its_own_is_refused_with_their_names(tmp_path, tiny_tokenizer):
+    folder = saved_model(tmp_path / "model", tiny_tokenizer)
+    preset = replace(pdpo.presets.get_preset("tiny"), model=str(folder))
+    whole = load_file(folder / "model.safetensors")
+    some = next(key for key in whole if "h.1.mlp.c_fc.weight" in key)
+    broken = {
+        "missing": {key: value for key, value in whole.items() if key != some},
+        "unexpected": whole | {"h.9.bias": torch.zeros(3)},
+        "mismatched": whole | {some: torch.zeros(3, 5)},
+    }
+    for kind, tensors in broken.items():
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError) as caught:
+            models.load_policy(preset)
+        assert ("h.9.bias" if kind == "unexpected" else "h.1.mlp.c_fc.weight") in str(caught.value), kind
+        assert "connect" not in str(caught.value)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    models.load_policy(preset)
+    with pytest.raises(ValueError, match="at least 65 positions, the preset's context, got 64"):
+        models.load_policy(replace(preset, context=65))
+    tiny_tokenizer_and_more = type("Tokenizer", (), {"__len__": lambda self: len(tiny_tokenizer) + 1})()
+    with pytest.raises(
+        ValueError, match=rf"each of the tokenizer's {len(tiny_tokenizer) + 1} tokens, got {len(tiny_tokenizer)}"
+    ):
+        models.load_policy(preset, tokenizer=tiny_tokenizer_and_more)
+
+
+def test_a_folder_replaced_by_one_of_equal_size_and_time_is_another_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    stat, before = (tmp_path / "config.json").stat(), source_digest(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"a": 2}')
+    os.utime(tmp_path / "config.json", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    source_digest.cache_clear()  # as in a new process
+    assert source_digest(str(tmp_path)) != before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected a folder with a model's or tokenizer's files"):
+        source_digest(str(tmp_path / "empty"))
+
+
+def test_a_stage_of_another_version_is_not_taken_and_runs_says_why_and_prunes_what_is_asked_for(quick, monkeypatch, capsys):
+    old = experiments.run_sft(quick)
+    child = experiments.run_preference(old, method="dpo", beta=0.1)
+    assert [each["why_not"] for each in kept.kept_stages()] == ["", ""]
+    now = pdpo.stages.library_versions() | {"torch": "99.0"}
+    for module in (pdpo.stages, kept):
+        monkeypatch.setattr(module, "library_versions", lambda: now)
+    new = experiments.run_sft(quick)
+    assert new.path != old.path
+    flip(child.path / "history.json")
+    shutil.copytree(new.path, new.path.with_name("sft.partial"))
+    why = {Path(each["stage"]).name: each["why_not"] for each in kept.kept_stages()}
+    assert why[new.path.name] == "" and f"torch {torch.__version__}, now 99.0" in why[old.path.name]
+    assert "history.json is not what was written" in why[child.path.name] and "unfinished" in why["sft.partial"]
+    kept.print_kept(True, answer=lambda question: "n")
+    assert old.path.is_dir()
+    kept.print_kept(True, answer=lambda question: "y")
+    assert not old.path.exists() and new.path.is_dir() and new.path.with_name("sft.partial").is_dir()
+    assert "2 removed" in capsys.readouterr().out
+
+
+# refused early, in one line
+
+
+def write_rows(path: Path, number: int = 40, **changes) -> str:
+    row = {"prompt": "What is {}?", "chosen": "It is {}.", "rejected": "Nothing."} | changes
+    rows = [{key: value.format(i) if isinstance(value, str) else value for key, value in row.items()} for i in range(number)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+REFUSED = [
+    (["--beta", "inf"], "beta"), (["--beta", "1e400"], "beta"), (["--beta", "nan"], "beta"), (["--lr", "inf"], "lr"),
+    (["--lr", "0"], "lr"), (["--method", "odpo", "--alpha", "nan"], "alpha"), (["--method", "odpo", "--alpha", "-1"], "alpha"),
+    (["--seed", str(2**63)], "seed"), (["--seed", "-1"], "seed"), (["--steps", "0"], "steps"), (["--sft-steps", "-3"], "steps"),
+    (["--out", "{file}/under/a/file"], "no folder"), (["--out", "{file}"], "expected an empty or a new folder"),
+    (["--out", "{tmp}/dangling"], "expected an empty or a new folder"), (["--data", "{tmp}/absent.jsonl"], "absent.jsonl"),
+    (["--data", "{tmp}/pipe.json"], "a pipe or a device"), (["--data", "{few}"], "at least 2 prompts to test on"),
+    (["--data", "{equal}"], "different responses"), (["--data", "{long}"], "at most 1000000 characters"),
+    (["--model", "{tmp}/empty"], "model's or tokenizer's files"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, words", REFUSED, ids=[" ".join(each[0])[:40] for each in REFUSED])
+def test_bad_input_is_refused_in_one_line_before_anything_is_trained(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(experiments, "train", None)
+    places = {"tmp": tmp_path, "file": write_rows(tmp_path / "rows.jsonl")}
+    places["few"] = write_rows(tmp_path / "few.jsonl", 10)
+    places["equal"] = write_rows(tmp_path / "equal.jsonl", chosen="Nothing.")
+    places["long"] = write_rows(tmp_path / "long.jsonl", chosen="x" * 1_000_001, number=2) if "{long}" in arguments else ""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    given = [each.format(**places) for each in arguments]
+    status = __main__.main(["train", "--preset", "small", *([] if "--data" in given else ["--data", places["file"]]), *given])
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not list((tmp_path / "runs").rglob("sft-*")) or "--model" in given
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "abc", "1.5", "²"])
+def test_a_senseless_number_of_workers_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setenv("PDPO_WORKERS", workers)
+    monkeypatch.setattr(experiments, "train", None)
+    assert __main__.main(["train", "--preset", "small", "--data", write_rows(tmp_path / "rows.jsonl")]) == 2
+    assert "PDPO_WORKERS: expected a number of processes" in capsys.readouterr().err
+
+
+def test_a_runs_folder_that_is_a_file_and_a_disk_without_room_are_refused(tmp_path, capsys, monkeypatch):
+    data = write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setenv("PDPO_RUNS_DIR", data)
+    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2 and "no folder" in capsys.readouterr().err
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2
+    assert "GB free for what will be written, got 0.0 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "No space left on device", "x"), "the disk is full"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 12160 vs 12054"), "the disk is full"),
+    (OSError(errno.EROFS, "Read-only file system", "x"), "Expected a place to write to"),
+    (shutil.Error([("a", "b", "Permission denied")]), "Expected a place to write to"),
+])  # fmt: skip
+def test_what_the_disk_refuses_is_one_line_and_what_the_program_does_wrong_a_traceback(
+    tmp_path, capsys, monkeypatch, error, words
+):
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(experiments, "run_sft", failing)
+    data = write_rows(tmp_path / "rows.jsonl")
+    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2
+    assert words in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        __main__.main(["train", "--preset", "small", "--data", data, "--debug"])
+    error = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        __main__.main(["train", "--preset", "small", "--data", data])
+
+
+def test_nothing_half_written_is_left_behind(tmp_path):
+    for make in (lambda path: path.write_text("half"), lambda path: (path.mkdir(), (path / "a").write_text("half"))):
+        with pytest.raises(OSError), files.replacing(tmp_path / "target") as temporary:
+            make(temporary)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_messages_are_read_and_scores_beyond_measure_refused(tmp_path):
+    def message(role, content):
+        return {"role": role, "content": content}
+
+    asked, good, bad = message("user", " What is hot? "), message("assistant", "Fire."), message("assistant", "Ice.")
+    rows = [
+        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+        {"chosen": [asked, good], "rejected": [asked, bad]},  # the prompt is what they share
+        {"prompt": [message("system", "Be brief."), asked], "chosen": [good], "rejected": [bad]},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    plain, implicit, several = pdpo.load_preferences(tmp_path / "chat.json")
+    assert plain == implicit == pdpo.Preference("What is hot?", ("Fire.", "Ice."))
+    assert several.prompt == "system: Be brief.\nuser: What is hot?"
+    for broken in ([{"role": "user"}], [asked, "text"], []):
+        (tmp_path / "chat.json").write_text(json.dumps([rows[0] | {"prompt": broken}]))
+        with pytest.raises(ValueError, match="row 1: key 'prompt'"):
+            pdpo.load_preferences(tmp_path / "chat.json")
+    with pytest.raises(ValueError, match=r"rows \[0\] have scores that are not finite, or too large"):
+        pdpo.score_offset(torch.tensor([1e308], dtype=torch.float64), torch.tensor([-1e308], dtype=torch.float64))
+
+
+# it stops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_kernel_at_work_and_says_what_goes_on(tmp_path, python, number):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copytree(Path(pdpo.__file__).parent, tmp_path / "pdpo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("01_a", "02_b"):
+        cell = nbformat.v4.new_code_cell(
+            f"import pathlib, time\npathlib.Path({str(tmp_path / name)!r}).touch()\ntime.sleep(600)"
+        )
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
+    process = python("-m", "pdpo", "run", PYTHONPATH=str(tmp_path), PDPO_RUNS_DIR=str(tmp_path / "runs"))
+    wait_until((tmp_path / "01_a").exists)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert runs_dir() != tmp_path / "runs"
