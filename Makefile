@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint torture clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m pdpo run
@@ -25,6 +25,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml .ci/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
 	touch $@
+
+# damage, kills, full disks, bad input: over 600 trials; prints tried and survived
+torture: $(VENV)/.installed
+	$(BIN)/python tests/dev/torture.py
 
 clean:
 	rm -rf $(VENV) runs

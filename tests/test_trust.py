@@ -340,8 +340,8 @@ def test_a_stopped_run_leaves_no_kernel_at_work_and_says_what_goes_on(tmp_path, 
             f"import pathlib, time\npathlib.Path({str(tmp_path / name)!r}).touch()\ntime.sleep(600)"
         )
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
-    process = python("-m", "pdpo", "run", PYTHONPATH=str(tmp_path), PDPO_RUNS_DIR=str(tmp_path / "runs"))
-    wait_until((tmp_path / "01_a").exists)
+    process = python("-P", "-m", "pdpo", "run", PYTHONPATH=str(tmp_path), PDPO_RUNS_DIR=str(tmp_path / "runs"))
+    wait_until(lambda: (tmp_path / "01_a").exists() or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.send_signal(number)
@@ -349,3 +349,54 @@ def test_a_stopped_run_leaves_no_kernel_at_work_and_says_what_goes_on(tmp_path, 
     assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert runs_dir() != tmp_path / "runs"
+
+
+# any causal model
+
+
+def config_of(family: str, tokenizer):
+    """A tiny config of that family, with the ends that its models are published with."""
+    import transformers
+
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "eos_token_id": None},
+        "Llama": {"intermediate_size": 64, "eos_token_id": [0, 1, 2], "max_position_embeddings": 96},  # a list, as Llama 3.1's
+        "Qwen2": {"intermediate_size": 64, "num_key_value_heads": 1, "max_position_embeddings": 96},
+        "Gemma": {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "max_position_embeddings": 96},
+        "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 96},
+        "GPTNeoX": {"intermediate_size": 64, "max_position_embeddings": 96},  # Pythia
+        "Phi": {"intermediate_size": 64, "max_position_embeddings": 96},
+    }
+    return getattr(transformers, f"{family}Config")(**(small | more[family]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2", "Gemma", "OPT", "GPTNeoX", "Phi"])
+def test_a_model_of_another_family_is_trained_and_loads_again_and_its_bos_is_kept(tmp_path, monkeypatch, capsys, family):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(experiments, "load_judge", lambda *_, **__: stages.Judge())
+    data = write_rows(tmp_path / "rows.jsonl", 30)
+    tokenizer = models.train_tokenizer(pdpo.load_preferences(data), vocab_size=300)
+    adds_bos = family in ("Llama", "Gemma", "OPT")
+    if adds_bos:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        ends = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**ends)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config_of(family, tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    preset = replace(pdpo.presets.PRESETS["small"], context=96, max_new_tokens=8, num_kl_prompts=3)
+    monkeypatch.setitem(pdpo.presets.PRESETS, "small", preset)
+    quick = ["--preset", "small", "--sft-steps", "2", "--steps", "2", "--model", str(folder), "--data", data]
+    assert __main__.main(["train", *quick, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    policy, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = pdpo.encoding.encode(loaded, "What is 3?", "It is 3.", max_length=96).input_ids
+    assert (ids[0] == loaded.bos_token_id) == adds_bos and policy(input_ids=torch.tensor([ids])).logits.isfinite().all()
+    (cut,) = pdpo.encoding.encode_records(loaded, [pdpo.Preference("word " * 60, ("a", "b " * 20))], max_length=60)
+    prompts = [ids[:num_prompt] for ids, num_prompt in cut]
+    assert prompts[0] == prompts[1] and max(len(ids) for ids, _ in cut) == 60  # both responses are given one prompt
+    assert (prompts[0][0] == loaded.bos_token_id) == adds_bos
