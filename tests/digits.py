@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 class DigitTokenizer:
     """Every digit of a text is one token, everything else (the template, spaces) none."""
 
-    eos_token_id = pad_token_id = 0
+    bos_token_id = eos_token_id = pad_token_id = 0
     model_max_length = 32
 
     def __call__(self, text, **_):

@@ -46,7 +46,6 @@ def _second(name: str, words: tuple[str, ...], row) -> Malformed:
     return Malformed(name, "data.json", _json(GOOD, row), ("row 2", *words))
 
 
-CHAT = [{"role": "user", "content": "Name a colour."}]
 MALFORMED = [
     # the file
     Malformed("missing file", "absent.json", ABSENT, ("No such file",)),
@@ -74,10 +73,8 @@ MALFORMED = [
     *(_second(f"blank {key}", (f"'{key}'", "not empty"), GOOD | {key: " \n\t"}) for key in GOOD),
     *(_second(f"{key} is a number", (f"'{key}'", "text", "7"), GOOD | {key: 7}) for key in GOOD),
     _second("chosen is null", ("'chosen'", "text", "None"), GOOD | {"chosen": None}),
-    _second("chat messages as a prompt", ("'prompt'", "Chat messages"), GOOD | {"prompt": CHAT}),
-    _second("chat messages as a response", ("'chosen'", "Chat messages"), GOOD | {"chosen": CHAT}),
-    _second("NUL in a text", ("'responses'", "NUL"), GOOD | {"rejected": "D\0g."}),
-    _second("half a surrogate pair", ("'responses'", "surrogate"), GOOD | {"rejected": "Dog \ud83d."}),
+    _second("NUL in a text", ("'rejected'", "NUL"), GOOD | {"rejected": "D\0g."}),
+    _second("half a surrogate pair", ("'rejected'", "surrogate"), GOOD | {"rejected": "Dog \ud83d."}),
     _second("empty instruction", ("'instruction'", "not empty"), {"instruction": "", "chosen": "a", "rejected": "b"}),
     _second("input is a number", ("'input'", "text", "7"), {"instruction": "a", "input": 7, "chosen": "a", "rejected": "b"}),
     # the scores of a pair

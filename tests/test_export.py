@@ -159,13 +159,6 @@ def test_pairs_that_trl_would_tokenise_otherwise_are_refused_before_anything_is_
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_fails_half_way_leaves_nothing(many_steps, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "README", "{a field that nobody fills}")  # the last file
-    with pytest.raises(KeyError):
-        export_trl(many_steps, tmp_path / "out", beta=0.3, seed=1)
-    assert os.listdir(tmp_path) == []
-
-
 def test_the_command_exports_into_an_empty_folder_and_says_what_to_run(many_steps, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "small", many_steps)
     (tmp_path / "out").mkdir()

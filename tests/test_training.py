@@ -285,16 +285,6 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp
         train(policy, rows, config, checkpoint=file, show_progress=False)
 
 
-def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path):
-    file = tmp_path / "checkpoint.pt"
-    save_checkpoint(file, {"config": asdict(DPO), "policy": {"weight": torch.zeros(1000)}})
-    cut = file.read_bytes()[:-500]
-    for damage in (lambda: file.write_bytes(cut), lambda: torch.save(Path, file), lambda: torch.save({"no": "config"}, file)):
-        damage()
-        with pytest.raises(ValueError, match="checkpoint.pt: expected a checkpoint.*Remove it"):
-            load_checkpoint(file, asdict(DPO))
-
-
 def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path):
     checkpoint, never = tmp_path / "checkpoint.pt", tmp_path / "never"
 
