@@ -214,7 +214,7 @@ def test_the_default_judge_comes_from_its_package_embeds_unit_vectors_and_knows_
     assert vectors.shape == (3, 384) and TINY.judge == "sentence-transformers/all-MiniLM-L6-v2"
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
     assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
-    assert [path.name for path in tmp_path.iterdir()] == ["sentence-transformers--all-MiniLM-L6-v2.npz"]
+    assert len(list(tmp_path.iterdir())) == 1  # its embeddings
 
 
 def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
