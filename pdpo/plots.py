@@ -197,7 +197,9 @@ def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
         axes.text(x, 0.55, what, ha="center", va="center", fontsize=8.5)
         axes.text(x, 0.15, notebooks, ha="center", va="center", fontsize=8.5, color=STYLES[1]["color"])
         if x > 0:
-            axes.annotate("", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5})
+            axes.annotate(
+                "", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5}
+            )
     axes.set(xlim=(-0.6, len(ROAD) - 0.4), ylim=(0.0, 1.3), title=title)
     axes.axis("off")
     return figure, [{"step": name, "what": what.replace("\n", " "), "notebooks": notebooks} for name, what, notebooks in ROAD]
