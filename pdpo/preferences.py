@@ -20,15 +20,11 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
     Returns: (B,) nats, <= 0.
     Source: Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2."""
     if chosen_scores.shape != rejected_scores.shape:
-        raise ValueError(
-            f"bradley_terry_logps: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
-            f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
-        )
+        got = f"{tuple(chosen_scores.shape)} and {tuple(rejected_scores.shape)}"
+        raise ValueError(f"bradley_terry_logps: expected two score tensors of one shape, got {got}. Pass one of each per pair.")
     if isinstance(offset, Tensor) and offset.shape not in ((), chosen_scores.shape):
-        raise ValueError(
-            f"bradley_terry_logps: expected offset to be a number or of shape {tuple(chosen_scores.shape)}, got "
-            f"{tuple(offset.shape)}. Pass one offset per pair."
-        )
+        wanted, got = tuple(chosen_scores.shape), tuple(offset.shape)
+        raise ValueError(f"bradley_terry_logps: expected offset a number or of shape {wanted}, got {got}. Pass one per pair.")
     return logsigmoid(chosen_scores - rejected_scores - offset)
 
 
