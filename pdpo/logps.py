@@ -11,13 +11,11 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
     Args: logits, input_ids: (B, T, V) float and (B, T) int64; logits[:, t] predicts token t + 1 and carries the gradient.
     Returns: (B, T-1) float32 nats; column t belongs to token t + 1. The first token has no prediction."""
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
-        raise ValueError(
-            f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {tuple(logits.shape)} and "
-            f"{tuple(input_ids.shape)}. Pass both unshifted; the shift happens here."
-        )
+        got = f"{tuple(logits.shape)} and {tuple(input_ids.shape)}"
+        raise ValueError(f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {got}. Pass both unshifted.")
     if input_ids.shape[1] < 2:
         raise ValueError(
-            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first is never predicted."
+            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first token is never predicted."
         )
     # float32 whatever the autocast: bf16 keeps 8 bits, too few for a difference of sums of log-probabilities
     log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
@@ -56,6 +54,4 @@ def check_response_mask(input_ids: Tensor, response_mask: Tensor) -> None:
         )
     empty = (~response_mask.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
-            f"sequence_logps: rows {empty} have no response token to score. The prompt fills max_length: cut it or raise max_length."
-        )
+        raise ValueError(f"sequence_logps: rows {empty} have no response token to score. Cut the prompt or raise max_length.")
