@@ -14,12 +14,9 @@ from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
 
 class PairLoss(NamedTuple):
-    """What a pairwise loss returns; every field is (B,).
+    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached."""
 
-    losses: nats, unreduced; carries the gradient.
-    chosen_rewards, rejected_rewards: implicit rewards beta * (policy_logps - reference_logps), detached."""
-
-    losses: Tensor
+    losses: Tensor  # nats, unreduced; carries the gradient
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
@@ -63,9 +60,7 @@ def dpo_loss(
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("dpo_loss", *logps, beta=beta)  # (B,), (B,)
     if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. At 0.5 labels say nothing, above it the reverse."
-        )
+        raise ValueError(f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. At 0.5 labels say nothing.")
     losses = -(1 - label_smoothing) * bradley_terry_logps(chosen_rewards, rejected_rewards, offset=offset)
     if label_smoothing:
         losses = losses - label_smoothing * bradley_terry_logps(rejected_rewards, chosen_rewards, offset=-offset)
@@ -75,8 +70,7 @@ def dpo_loss(
 def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float = 1.0, scale: str = "log") -> Tensor:
     r"""The margin that ODPO demands of a pair, from how much better the chosen response scored.
 
-    .. math:: \Delta = \alpha \, f(s_w, s_l), \qquad
-              f = \log(s_w - s_l) \;|\; s_w - s_l \;|\; \log s_w - \log s_l
+    .. math:: \Delta = \alpha \, f(s_w, s_l), \quad f = \log(s_w - s_l) \;|\; s_w - s_l \;|\; \log s_w - \log s_l
 
     Where the logarithm of the difference does not exist, a tie or a pair labelled against its scores, scale "log" gives
     offset 0, plain DPO. (A clamp such as log(1e-6) = -13.8 would silence exactly the mislabelled pairs, a leak of the clean
@@ -85,15 +79,12 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
 
     Args:
         chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
-        alpha: strength >= 0; 0 is DPO.
-        scale: "log" (the paper's choice), "identity" or "log_ratio".
+        alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
     Source: Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours."""
     if chosen_scores.shape != rejected_scores.shape:
-        raise ValueError(
-            f"score_offset: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
-            f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
-        )
+        got = f"{tuple(chosen_scores.shape)} and {tuple(rejected_scores.shape)}"
+        raise ValueError(f"score_offset: expected two score tensors of one shape, got {got}. Pass one of each per pair.")
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"score_offset: expected finite alpha >= 0, got {alpha}. 0 is DPO; a negative one rewards errors.")
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
@@ -108,9 +99,7 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     if scale == "log_ratio":
         negative = ((chosen <= 0) | (rejected <= 0)).nonzero().flatten().tolist()
         if negative:
-            raise ValueError(
-                f"score_offset: 'log_ratio' expected scores > 0, got rows {negative} with scores <= 0. Shift them or take another scale."
-            )
+            raise ValueError(f"score_offset: 'log_ratio' expected scores > 0, got rows {negative} with less. Shift the scores.")
         return alpha * (chosen.log() - rejected.log())
     raise ValueError(f"score_offset: expected scale 'log', 'identity' or 'log_ratio', got {scale!r}. Pass one of the three.")
 
@@ -126,10 +115,8 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
     Returns: (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 20."""
     if policy_logps.ndim != 2 or policy_logps.shape != reference_logps.shape:
-        raise ValueError(
-            f"plackett_luce_loss: expected two (B, K) tensors, got {tuple(policy_logps.shape)} and "
-            f"{tuple(reference_logps.shape)}. Put the K responses of a prompt in one row, best first."
-        )
+        got = f"{tuple(policy_logps.shape)} and {tuple(reference_logps.shape)}"
+        raise ValueError(f"plackett_luce_loss: expected two (B, K) tensors, got {got}. Put K responses in a row, best first.")
     _check_beta("plackett_luce_loss", beta)
     return -plackett_luce_logps(beta * (policy_logps - reference_logps))
 
@@ -202,10 +189,8 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
     Returns: (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
     Source: Schulman 2017, arXiv:1707.06347, Eq. 7."""
     if not policy_logps.shape == old_logps.shape == advantages.shape:
-        raise ValueError(
-            f"ppo_loss: expected three tensors of one shape, got {tuple(policy_logps.shape)}, {tuple(old_logps.shape)} and "
-            f"{tuple(advantages.shape)}. Pass one log-probability and one advantage per sample."
-        )
+        got = ", ".join(str(tuple(each.shape)) for each in (policy_logps, old_logps, advantages))
+        raise ValueError(f"ppo_loss: expected three tensors of one shape, got {got}. Pass one of each per sample.")
     if not clip > 0:
         raise ValueError(f"ppo_loss: expected clip > 0, got {clip}. At 0 nothing may move; the paper uses 0.2.")
     ratio, advantages = (policy_logps - old_logps.detach()).exp(), advantages.detach()
@@ -215,8 +200,7 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
 def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
     r"""Generalised advantage estimates for responses that end: the value after the last token is 0.
 
-    .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \qquad
-              \delta_t = r_t + \gamma V_{t+1} - V_t
+    .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t
     Args:
         rewards: (B, T) reward of each token; zeros after the end of a shorter response.
         values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
@@ -224,10 +208,8 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
     Returns: (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
     Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end."""
     if rewards.ndim != 2 or rewards.shape != values.shape:
-        raise ValueError(
-            f"gae: expected rewards and values of one shape (B, T), got {tuple(rewards.shape)} and {tuple(values.shape)}. "
-            "Pass one reward and one value per token."
-        )
+        got = f"{tuple(rewards.shape)} and {tuple(values.shape)}"
+        raise ValueError(f"gae: expected rewards and values of one shape (B, T), got {got}. Pass one of each per token.")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: expected gamma and lam in [0, 1], got {gamma} and {lam}. gamma=1, lam=0.95 is usual.")
     rewards, values = rewards.detach(), values.detach()
@@ -250,10 +232,8 @@ def _check_beta(function: str, beta: float) -> None:
 def _rewards(function: str, *logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all five."""
     if logps[0].ndim != 1 or any(each.shape != logps[0].shape for each in logps):
-        raise ValueError(
-            f"{function}: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
-            "Sum the token log-probabilities of each response first (sequence_logps)."
-        )
+        got = [tuple(each.shape) for each in logps]
+        raise ValueError(f"{function}: expected four (B,) tensors, got {got}. Sum the token log-probabilities first.")
     _check_beta(function, beta)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = logps
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
