@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pdpo.losses import _check_beta
+
 
 def optimal_policy_logps(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Tensor:
     r"""Log-probabilities of the policy that maximises `rlhf_objective`.
@@ -70,8 +72,7 @@ def all_responses(num_symbols: int, length: int) -> Tensor:
     """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting."""
     if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
         raise ValueError(
-            f"all_responses: expected num_symbols >= 2, length >= 1 and at most 10,000 responses, got {num_symbols} and {length}. "
-            "The lab enumerates everything; 4 and 4 give 256 responses."
+            f"all_responses: expected num_symbols >= 2, length >= 1, at most 10,000 responses, got {num_symbols} and {length}. Try 4, 4."
         )
     return torch.cartesian_prod(*[torch.arange(num_symbols)] * length).view(-1, length)
 
@@ -154,15 +155,10 @@ def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_st
 
 
 def _check(function: str, *tensors: Tensor, beta: float = 1.0, normalised: Iterable[Tensor] = ()) -> None:
-    if not 0 < beta < float("inf"):
-        raise ValueError(
-            f"{function}: expected finite beta > 0, got {beta}. beta: KL strength; a larger beta keeps the policy closer to the reference."
-        )
+    _check_beta(function, beta)
     if any(each.ndim == 0 for each in tensors) or len({each.shape[-1] for each in tensors}) > 1:
-        raise ValueError(
-            f"{function}: expected tensors (..., N) over the same N responses, got {[tuple(each.shape) for each in tensors]}. "
-            "Put the responses in the last dimension."
-        )
+        got = [tuple(each.shape) for each in tensors]
+        raise ValueError(f"{function}: expected tensors over the same N responses, got {got}. They go in the last dimension.")
     for logps in normalised:
         worst = logps.detach().logsumexp(-1).abs().max().item()
         if not worst < 1e-3:  # loose enough for float32; logits or raw scores are far off
