@@ -66,9 +66,7 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
     if name in SOURCES:
         path = locate(*SOURCES[name])
     elif path.suffix not in (".json", ".jsonl"):
-        raise ValueError(
-            f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))} or a .json or .jsonl file, got {name!r}."
-        )
+        raise ValueError(f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))}, .json or .jsonl, got {name!r}.")
     return read_scored(path)[0] if name in SCORED_NAMES else _read(path)
 
 
@@ -91,9 +89,8 @@ def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
     dropped = dict.fromkeys(("empty", "repeated", "alone", "tied"), 0)
     for where, prompt, text, score in scored_rows(path):
         if not isinstance(prompt, str) or not isinstance(text, str) or not is_finite(score):
-            raise ValueError(
-                f"{path}, {where}: expected two texts and a finite score, got {short((prompt, text, score))}. Mend the row."
-            )
+            got = short((prompt, text, score))
+            raise ValueError(f"{path}, {where}: expected two texts and a finite score, got {got}. Mend the row.")
         of_prompt, text = scores.setdefault(prompt.strip(), {}), text.strip()
         dropped["empty"] += not text
         dropped["repeated"] += text in of_prompt
@@ -128,9 +125,7 @@ def split(
     second = first + round(fractions[1] * len(prompts))
     sizes = (first, second - first, len(prompts) - second)
     if any(size < 1 for size, fraction in zip(sizes, fractions, strict=True) if fraction > 0):
-        raise ValueError(
-            f"split: expected enough prompts for three parts, got {len(prompts)} prompts, cut into {sizes}. Add data or change fractions."
-        )
+        raise ValueError(f"split: expected enough prompts for three parts, got {len(prompts)} prompts: {sizes}. Add data.")
     part_of = {prompt: 0 if i < first else 1 if i < second else 2 for i, prompt in enumerate(prompts)}
     parts: tuple[list, list, list] = ([], [], [])
     for record in records:
@@ -159,18 +154,14 @@ def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed:
     rng = random.Random(seed)
     made = []
     for record in records:
-        num = len(record.responses)
+        texts, num = record.responses, len(record.responses)
         ranks = record.scores if record.scores is not None and num > 2 else range(num)
-        choices = [
-            (i, j)
-            for i, j in itertools.combinations(range(num), 2)
-            if record.responses[i] != record.responses[j] and ranks[i] != ranks[j]
-        ]
+        choices = [(i, j) for i, j in itertools.combinations(range(num), 2) if texts[i] != texts[j] and ranks[i] != ranks[j]]
         if num_per_prompt is not None and num_per_prompt < len(choices):
             choices = sorted(rng.sample(choices, num_per_prompt))
         for i, j in choices:
             scores = None if record.scores is None else (record.scores[i], record.scores[j])
-            made.append(Preference(record.prompt, (record.responses[i], record.responses[j]), scores))
+            made.append(Preference(record.prompt, (texts[i], texts[j]), scores))
     return made
 
 
