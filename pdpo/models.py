@@ -68,9 +68,7 @@ def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFas
         config = {"config": GPT2Config()} if bare else {}
         tokenizer = _from_hub_or_folder(AutoTokenizer, source, usable=lambda loaded: len(loaded) >= 100, **config)
         if len(tokenizer) < 100 or tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"load_tokenizer: {source} gave a vocabulary of {len(tokenizer)}, EOS {tokenizer.eos_token!r}. Wrong folder?"
-            )
+            raise ValueError(f"load_tokenizer: {source} has {len(tokenizer)} tokens, EOS {tokenizer.eos_token}. Wrong folder?")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = preset.context
@@ -100,25 +98,24 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
 def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     """The preset's model; ValueError where tensors, positions or tokens are missing: a part of it would be random."""
     wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    policy, info = _from_hub_or_folder(AutoModelForCausalLM, preset.model, **wanted)
+    name, context = preset.model, preset.context
+    policy, info = _from_hub_or_folder(AutoModelForCausalLM, name, **wanted)
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
         if names:
+            got = f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             raise ValueError(
-                f"{preset.model}: expected the weights of a whole {type(policy).__name__}, got {len(names)} {kind} tensors "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged or of another model: fetch it again."
+                f"{name}: expected the weights of a whole {type(policy).__name__}, got {got}. The file is damaged: fetch it again."
             )
-    positions = getattr(policy.config, "max_position_embeddings", None) or preset.context
-    if positions < preset.context:
+    positions = getattr(policy.config, "max_position_embeddings", None) or context
+    if positions < context:
         raise ValueError(
-            f"{preset.model}: expected a model with at least {preset.context} positions, the preset's context, got {positions}. "
-            f"Use a preset with a shorter context: dataclasses.replace(preset, context={positions})."
+            f"{name}: expected at least {context} positions, the preset's context, got {positions}. Use a preset with a shorter context."
         )
     num_embeddings = policy.get_input_embeddings().num_embeddings
     if tokenizer is not None and num_embeddings < len(tokenizer):
         raise ValueError(
-            f"{preset.model}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. "
-            "Model and tokenizer do not belong together."
+            f"{name}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. They are no pair."
         )
     return policy
 
