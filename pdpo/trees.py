@@ -14,21 +14,15 @@ from pdpo.encoding import Encoded
 
 
 class Tree(NamedTuple):
-    """R sequences as one tree of N tokens, E of which (the edges) are scored by at least one sequence.
+    """R sequences as one tree of N tokens, E of which (the edges) are scored by at least one sequence. All are int64."""
 
-    input_ids, position_ids: (1, N) int64; a token's position is its depth.
-    ends: (N,) int64; tokens j + 1 .. ends[j] - 1 are the descendants of token j.
-    heads: (P,) int64, the positions that predict an edge's token, each once.
-    edge_heads, edge_tokens: (E,) int64; where in `heads` an edge is predicted, and its token.
-    paths: (R, L) int64, the edges that each sequence sums over; E where a sequence has fewer than L."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    ends: Tensor
-    heads: Tensor
-    edge_heads: Tensor
-    edge_tokens: Tensor
-    paths: Tensor
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N): a token's position is its depth
+    ends: Tensor  # (N,): tokens j + 1 .. ends[j] - 1 are the descendants of token j
+    heads: Tensor  # (P,): the positions that predict an edge's token, each once
+    edge_heads: Tensor  # (E,): where in `heads` an edge is predicted
+    edge_tokens: Tensor  # (E,): the edge's token
+    paths: Tensor  # (R, L): the edges that each sequence sums over; E where a sequence has fewer than L
 
 
 def build_tree(sequences: list[Encoded]) -> Tree:
