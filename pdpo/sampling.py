@@ -10,14 +10,12 @@ from pdpo.preferences import gumbel_sample
 
 
 class Sample(NamedTuple):
-    """One sampled response: prompt and text without template and special tokens; encoded with EOS where the policy gave one.
-
-    finished: False where max_new_tokens came before EOS."""
+    """One sampled response; prompt and text are without template and special tokens."""
 
     prompt: str
     text: str
-    encoded: Encoded
-    finished: bool
+    encoded: Encoded  # with EOS where the policy gave one
+    finished: bool  # False where max_new_tokens came before EOS
 
 
 @torch.no_grad()
@@ -50,8 +48,7 @@ def sample(
     room = tokenizer.model_max_length - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ValueError(
-            f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. "
-            "Prompt and response share the context."
+            f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. The prompt needs room, too."
         )
     policy.eval()
     device = next(policy.parameters()).device
