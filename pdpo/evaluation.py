@@ -21,13 +21,12 @@ class KLEstimates(NamedTuple):
     exact: sum over response positions of the exact KL between the two next-token distributions there. Unbiased, and with
         the smallest variance of the three: only the path is sampled, not the token.
     k1: log policy - log reference of the sampled response. Unbiased; single values can be negative.
-    k3: sum over positions of ratio - 1 - log ratio, ratio = reference / policy at the sampled token. Unbiased, never negative.
-    num_tokens: response tokens of the sample, EOS included."""
+    k3: sum over positions of ratio - 1 - log ratio, ratio = reference / policy at the sampled token. Unbiased, never negative."""
 
     exact: Tensor
     k1: Tensor
     k3: Tensor
-    num_tokens: Tensor
+    num_tokens: Tensor  # of the response, EOS included
 
 
 @torch.no_grad()
@@ -76,16 +75,14 @@ def toy_grades(samples: list[Sample]) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
     """(B, K, D) float32, on the CPU: the policy's last hidden state at the end (EOS) of each of K responses of B records."""
-    sequences = [each.input_ids for record in responses for each in record]
+    sequences = [each for record in responses for each in record]
     features = torch.zeros(len(sequences), policy.config.hidden_size)
     device = next(policy.parameters()).device
-    for part in in_batches([len(ids) for ids in sequences], batch_size):
-        lengths = torch.tensor([len(sequences[i]) for i in part])
-        input_ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)  # right padding: a causal model ignores it
-        for line, i in enumerate(part):
-            input_ids[line, : lengths[line]] = torch.tensor(sequences[i])
+    for part in in_batches([len(each.input_ids) for each in sequences], batch_size):
+        batch = collate([sequences[i] for i in part], device=device)  # right padding: a causal model ignores it
+        lengths = batch.attention_mask.sum(1).cpu()
         with autocast(device, precision):
-            hidden = policy.base_model(input_ids=input_ids.to(device)).last_hidden_state.float().cpu()
+            hidden = policy.base_model(input_ids=batch.input_ids).last_hidden_state.float().cpu()
         features[part] = hidden[torch.arange(len(part)), lengths - 1]
     return features.view(len(responses), -1, features.shape[1])
 
