@@ -22,8 +22,7 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got shape {values.shape}. "
-            "Average the samples of each prompt first (by_prompt)."
+            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got {values.shape}. Average samples first (by_prompt)."
         )
     of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
@@ -43,31 +42,26 @@ def with_interval(key: str, values) -> dict[str, float]:
 def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]:
     """How often a predicted order is right, against how sure the prediction was.
 
-    Args:
-        probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
-        num_bins: of equal width, over confidences from 1/2 to 1.
-    Returns: One dict for each bin with a pair in it: confidence (mean), right (share), pairs; and the expected calibration
-        error, the mean of abs(right - confidence), weighted by pairs.
+    Args: probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
+    Returns: One dict for each bin with a pair in it (equal widths, confidences from 1/2 to 1): confidence (mean), right (share),
+        pairs; and the expected calibration error, the mean of abs(right - confidence), weighted by pairs.
     Source: Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599."""
     probabilities = np.asarray(probabilities)
     confidence, right = np.maximum(probabilities, 1 - probabilities), probabilities > 0.5
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     rows = [
-        {"confidence": confidence[inside].mean(), "right": right[inside].mean(), "pairs": int(inside.sum())}
+        {"confidence": float(confidence[inside].mean()), "right": float(right[inside].mean()), "pairs": int(inside.sum())}
         for inside in (bins == i for i in range(num_bins))
         if inside.any()
     ]
-    error = sum(row["pairs"] * abs(row["right"] - row["confidence"]) for row in rows) / len(probabilities)
-    return [{key: float(value) if key != "pairs" else value for key, value in row.items()} for row in rows], float(error)
+    return rows, sum(row["pairs"] * abs(row["right"] - row["confidence"]) for row in rows) / len(probabilities)
 
 
 @dataclass(frozen=True)
 class Frontier:
     """One method measured at several betas. S seeds, B betas, N test prompts.
 
-    betas: B numbers.
-    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
-    score: (S, B, N) gold score on `toy`, else the SBERT win.
+    kl: (S, B, N) nats a response, each a mean over the prompt's samples. score: (S, B, N), gold on `toy`, else the SBERT win.
     stages: the evaluations it was read from, for `experiments.run_info`."""
 
     betas: tuple[float, ...]
