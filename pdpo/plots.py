@@ -37,9 +37,7 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
         info: what the rows were made with, `experiments.run_info`; None for what no run went into.
     Returns: The PNG's path."""
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(
-            f"save_figure: expected at least one row, all with the same keys, got {len(rows)} rows for {path}. Pass what was drawn."
-        )
+        raise ValueError(f"save_figure: expected rows, all with the same keys, got {len(rows)} for {path}. Pass what is drawn.")
     target = figures_dir() / path
     with replacing(target.with_name(target.name + ".csv")) as temporary:
         write_csv(temporary, rows)
