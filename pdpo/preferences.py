@@ -14,9 +14,8 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
     r"""Log-probability that the chosen response beats the rejected one by more than `offset`.
 
     .. math:: \log P(R_w - R_l > \Delta) = \log \sigma(r_w - r_l - \Delta), \quad R = r + \text{Gumbel}(0, 1)
-    Args:
-        chosen_scores, rejected_scores: (B,) float.
-        offset: scalar or (B,); the margin demanded, in units of the scores. 0 is Bradley-Terry.
+    Args: chosen_scores, rejected_scores: (B,) float.
+          offset: scalar or (B,); the margin demanded, in units of the scores. 0 is Bradley-Terry.
     Returns: (B,) nats, <= 0.
     Source: Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2."""
     if chosen_scores.shape != rejected_scores.shape:
@@ -51,9 +50,8 @@ def gumbel_sample(location: Tensor, *, generator: torch.Generator | None = None)
     r"""One Gumbel(location, 1) draw for each element.
 
     .. math:: G = \mu - \log E, \quad E \sim \text{Exponential}(1)
-    Args:
-        location: any shape, float; the mode. The mean is location + 0.5772 (Euler's constant), the variance pi^2 / 6.
-        generator: source of randomness, on location's device; None is torch's global one.
+    Args: location: any shape, float; the mode. The mean is location + 0.5772 (Euler's constant), the variance pi^2 / 6.
+          generator: source of randomness, on location's device; None is torch's global one.
     Returns: location's shape, dtype and device; detached from its graph.
     Source: Gumbel 1954, by inverting its distribution function exp(-exp(-(g - mu)))."""
     exponential = torch.empty_like(location, requires_grad=False).exponential_(generator=generator)
