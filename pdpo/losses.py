@@ -50,10 +50,9 @@ def dpo_loss(
     .. math:: \mathcal{L} = -(1 - \epsilon) \log \sigma(m - \Delta) - \epsilon \log \sigma(\Delta - m), \qquad
               m = \beta \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
                             - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} \Big)
-    Args:
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
-        offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
-        label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
+          offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
+          label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
     Returns: PairLoss. With policy == reference and no offset every loss is log 2.
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences"."""
@@ -77,9 +76,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     scores into the training.) The other scales are signed and defined there. A difference below 1 has a negative log offset:
     less than a correct order is demanded.
 
-    Args:
-        chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
-        alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
+    Args: chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
+          alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
     Source: Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours."""
     if chosen_scores.shape != rejected_scores.shape:
@@ -109,9 +107,8 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
 
     .. math:: \mathcal{L} = -\sum_{k=1}^{K} \log \frac{\exp \hat r_k}{\sum_{j \ge k} \exp \hat r_j}, \qquad
               \hat r_k = \beta \log \frac{\pi_\theta(y_k|x)}{\pi_\text{ref}(y_k|x)}
-    Args:
-        policy_logps, reference_logps: (B, K) nats, best first; sums over each response; the policy's carry the gradient.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Args: policy_logps, reference_logps: (B, K) nats, best first; sums over each response; the policy's carry the gradient.
+          beta: KL strength; a larger beta keeps the policy closer to the reference.
     Returns: (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 20."""
     if policy_logps.ndim != 2 or policy_logps.shape != reference_logps.shape:
@@ -165,9 +162,8 @@ def slic_loss(
 
     .. math:: \mathcal{L} = \max\Big( 0, \; \tfrac{1}{\beta} - \log \pi_\theta(y_w|x) + \log \pi_\theta(y_l|x) \Big)
               - \lambda \log \pi_\theta(y_w|x)
-    Args:
-        beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
-        regularization: lambda >= 0, how much the likelihood of the chosen response counts.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
+          regularization: lambda >= 0, how much the likelihood of the chosen response counts.
     Returns: PairLoss; losses in nats. Pairs ranked right by more than 1 / beta nats have no gradient but that of lambda's term.
     Source: Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
@@ -183,9 +179,8 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
 
     .. math:: \mathcal{L} = -\min\big( \rho A, \; \text{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A \big), \qquad
               \rho = \frac{\pi_\theta(y|x)}{\pi_\text{old}(y|x)}
-    Args:
-        policy_logps, old_logps: (...) nats, of tokens or of whole responses; the old policy drew the samples: constants.
-        advantages: (...) how much better than expected each sample was; constants. clip: epsilon, > 0; 0.2 in the paper.
+    Args: policy_logps, old_logps: (...) nats, of tokens or whole responses; the old ones, of the policy that drew them, are constants.
+          advantages: (...) how much better than expected each sample was; constants. clip: epsilon, > 0; 0.2 in the paper.
     Returns: (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
     Source: Schulman 2017, arXiv:1707.06347, Eq. 7."""
     if not policy_logps.shape == old_logps.shape == advantages.shape:
@@ -201,10 +196,9 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
     r"""Generalised advantage estimates for responses that end: the value after the last token is 0.
 
     .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t
-    Args:
-        rewards: (B, T) reward of each token; zeros after the end of a shorter response.
-        values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
-        gamma, lam: in [0, 1]. A discount of 1 is usual for text; lam 0 trusts the values (biased), 1 the samples (variance).
+    Args: rewards: (B, T) reward of each token; zeros after the end of a shorter response.
+          values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
+          gamma, lam: in [0, 1]. A discount of 1 is usual for text; lam 0 trusts the values (biased), 1 the samples (variance).
     Returns: (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
     Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end."""
     if rewards.ndim != 2 or rewards.shape != values.shape:
