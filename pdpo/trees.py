@@ -64,10 +64,9 @@ def ancestor_mask(ends: Tensor) -> Tensor:
 def tree_logps(policy, sequences: list[Encoded], *, max_tokens: int | None = None) -> Tensor:
     """(R,) float32 nats: the log-probability of every response, as `sequence_logps` gives it, with the gradient.
 
-    Args:
-        policy, sequences: a model that `supports_trees`; R encoded responses in any order; equal ones cost nothing.
-        max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
-            policy's width, at which attention, which grows with the square, takes up to two fifths of the work."""
+    Args: policy, sequences: a model that `supports_trees`; R encoded responses in any order; equal ones cost nothing.
+          max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
+              policy's width, at which attention, which grows with the square, takes up to two fifths of the work."""
     empty = [i for i, (ids, num_prompt) in enumerate(sequences) if not 0 < num_prompt < len(ids)]
     if empty:
         raise ValueError(f"tree_logps: sequences {empty} need at least one prompt token and one response token to score.")
