@@ -35,10 +35,9 @@ def sample(
 
     Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax.
 
-    Args:
-        temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
-        max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
-        seed: the same seed, prompts and batch_size (sequences sampled at a time) give the same samples."""
+    Args: temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
+          max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
+          seed: the same seed, prompts and batch_size (sequences sampled at a time) give the same samples."""
     if not prompts:
         raise ValueError("sample: expected at least one prompt, got none.")
     if not temperature >= 0 or num_samples < 1 or (temperature == 0 and num_samples != 1):
