@@ -40,11 +40,9 @@ def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 6
     results = torch.zeros(4, len(samples))
     for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
         batch = collate([samples[i].encoded for i in rows], device=device)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
         with autocast(device, precision):
-            p, q = (
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits[:, :-1]
-                for model in (policy, reference)
-            )
+            p, q = (model(**inputs).logits[:, :-1] for model in (policy, reference))
         scored = batch.response_mask[:, 1:]  # (B, T-1)
         p, q = p[scored].float().log_softmax(-1), q[scored].float().log_softmax(-1)  # (S, V): scored positions only
         tokens = batch.input_ids[:, 1:][scored][:, None]  # (S, 1)
@@ -90,9 +88,8 @@ def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64,
 def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
     """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss with L-BFGS.
 
-    Args:
-        features: (B, 2, D), chosen first (`last_hidden`).
-        weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
+    Args: features: (B, 2, D), chosen first (`last_hidden`).
+          weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
     Returns: (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none."""
     scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
     weights = torch.zeros(features.shape[-1], requires_grad=True)
