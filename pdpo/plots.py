@@ -31,10 +31,9 @@ plt.rc("legend", frameon=False)
 def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dict | None = None) -> Path:
     """Writes the figure as `path`.png, its rows as `path`.csv and info as `path`.run_info.json, through temporary files.
 
-    Args:
-        path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
-        rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
-        info: what the rows were made with, `experiments.run_info`; None for what no run went into.
+    Args: path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
+          rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
+          info: what the rows were made with, `experiments.run_info`; None for what no run went into.
     Returns: The PNG's path."""
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"save_figure: expected rows, all with the same keys, got {len(rows)} for {path}. Pass what is drawn.")
@@ -133,9 +132,8 @@ def lines_with_intervals(
 ) -> tuple[Figure, list[dict]]:
     """One panel a measure, one line a method, with its 95 % intervals.
 
-    Args:
-        panels: (key, y label) of each panel; rows: "method", the value of x, and of each panel key, key_low and key_high.
-        x: the key of the horizontal axis; a method whose rows have None there is drawn as a level with its interval."""
+    Args: panels: (key, y label) of each panel; rows: "method", the value of x, and of each panel key, key_low and key_high.
+          x: the key of the horizontal axis; a method whose rows have None there is drawn as a level with its interval."""
     figure, grid = plt.subplots(1, len(panels), figsize=(4.9 * len(panels), 4.2), squeeze=False)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (key, ylabel) in zip(grid[0], panels, strict=True):
