@@ -1,7 +1,7 @@
-"""What every check is made of: a careful call of a student's function, a comparison, and the name of the likely mistake.
+"""What checks are made of: a careful call of a student's function, a comparison, and the name of the likely mistake.
 
 A topic is one module beside this one, with `TASKS = (Task(...), ...)`; `task` builds the usual Task from a solution, cases and
-mistakes. Inputs are drawn anew at every call of a check, so that stored answers cannot pass.
+mistakes. Inputs are drawn anew at every check, so that stored answers cannot pass.
 """
 
 import copy
@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
-FORM = "the result has the right form"
-RTOL, ATOL = 1e-4, 1e-5  # float32's rounding in sums of some dozens of terms; every mistake is off by far more
+_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32's rounding in sums of dozens of terms; every mistake is off by far more
+_USUAL = (  # mistakes that can be made in any task: what they make of a right result
+    ("the sign is turned round", lambda right: -right),
+    ("the logarithm is missing: this is its exponential", lambda right: right.exp()),
+    ("the rows are averaged: one value a row is asked", lambda right: right.mean()),
+    ("the rows are summed: one value a row is asked", lambda right: right.sum()),
+    ("the order in each row is turned round", lambda right: right.flip(-1)),
+    ("no gradient flows back: .item(), .tolist(), .detach() or torch.tensor(...) cuts the graph", lambda right: right.detach()),
+)
 
 
 class Wrong(Exception):
-    """A check's verdict: the property that does not hold and the likely cause; the smallest input that shows it."""
+    """A check's verdict: the property that does not hold, the likely cause, and the smallest input that shows it."""
 
     def __init__(self, property: str, why: str, *, given: Any = None, expected: Any = None, got: Any = None):
         super().__init__(property, why)
@@ -31,8 +38,8 @@ class Wrong(Exception):
         self.shown = {"given": given, "expected": expected, "got": got}
 
     def __str__(self) -> str:
-        lines = [f"{name + ':':<14}{show(value)}" for name, value in self.shown.items() if value is not None]
-        return "\n".join([f"{'property:':<14}{self.property}", *lines, f"likely cause: {self.why}"])
+        lines = {"property": self.property, **self.shown, "likely cause": self.why}
+        return "\n".join(f"{name + ':':<14}{show(value)}" for name, value in lines.items() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -80,31 +87,28 @@ def fresh() -> torch.Generator:
 
 
 def call(function: Callable, *arguments: Any, like: Any = None, names: Sequence[str] = (), allowed: Sequence[str] = ()) -> Any:
-    """The student's function on copies of the arguments; its result, detached from no graph.
+    """The student's function on copies of the arguments.
 
     Args:
-        like: a right result; type, shape and kind of number must be the same. None: anything but None may come.
+        like: a right result, whose type, shape and kind of number the result must have; None: anything may come.
         names: what the arguments are called, for messages.
         allowed: qualified names in this package that the function may call, such as "TabularPolicy.forward".
     Raises:
         Wrong: it crashed, called this package's own function, changed its inputs, or returned another form.
     """
-    given = _given(names, arguments)
-    copies = [_copy(each) for each in arguments]
+    given, copies = _given(names, arguments), [_copy(each) for each in arguments]
     result = _attempt(function, copies, allowed)
     if isinstance(result, NotImplementedError):
         raise Wrong("it is written", f"the function is still a stub ({result})")
     if isinstance(result, BaseException):
-        raise Wrong("it runs", f"it raised {type(result).__name__}: {result}", given=given, got=result)
-    changed = [i for i, (a, b) in enumerate(zip(arguments, copies, strict=True)) if not _same(a, b, exact=True)]
-    if changed:
-        name = names[changed[0]] if names else f"argument {changed[0] + 1}"
-        why = f"{name} is changed in place (x += ..., x[...] = ..., x.sub_(...)): make a new tensor instead"
-        raise Wrong(
-            "it leaves its inputs as they were", why, given=given, got=f"{name} = {show(copies[changed[0]])} afterwards"
-        )
-    if like is not None and (form := _form(result, like)):
-        raise Wrong(FORM, form, given=given, expected=like, got=result)
+        raise Wrong("it runs", f"it raised {type(result).__name__}: {result}", given=given)
+    for i, (before, after) in enumerate(zip(arguments, copies, strict=True)):
+        if not _same(before, after, exact=True):
+            name = names[i] if names else f"argument {i + 1}"
+            why = f"{name} is changed in place (x += ..., x[...] = ..., x.sub_(...)): make a new tensor instead"
+            raise Wrong("it leaves its inputs as they were", why, given=given, got=f"{name} = {show(after)} afterwards")
+    if like is not None and (why := _form(result, like)):
+        raise Wrong("the result has the right form", why, given=given, expected=like, got=result)
     return result
 
 
@@ -126,48 +130,38 @@ def compare(
     Raises:
         Wrong: whatever `call` raises, or a value or a gradient that differs.
     """
-    cases = list(cases)
-    first, theirs = None, []
+    cases, first, theirs = list(cases), None, []
     for property, *arguments in cases:
-        right, problem = _outcome(solution, arguments, gradient), None
+        right, given = _outcome(solution, arguments, gradient), _given(names, arguments)
         try:
-            value = call(function, *arguments, names=names, like=right[0], allowed=allowed)
+            value = call(function, *arguments, names=names, allowed=allowed)
         except Wrong as wrong:
-            if wrong.property not in (FORM, "it runs"):
-                raise
-            problem, value = wrong, wrong.shown["got"]
+            raise first or wrong from None
         theirs.append((value, _gradient(function, arguments, gradient, allowed)))
-        given = _given(names, arguments)
-        if problem is None and not _same(value, right[0]):
-            problem = Wrong(property, _guess(value, right[0]), given=given, expected=right[0], got=value)
-        elif problem is None and not _same(theirs[-1][1], right[1]):
-            problem = _wrong_gradient(property, theirs[-1][1], right[1], given, [names[i] for i in gradient])
-        first = first or problem
+        if first is None and not (_same(value, right[0]) and _same(theirs[-1][1], right[1])):
+            first = _difference(property, given, theirs[-1], right, [names[i] for i in gradient])
     if first is None:
         return
-    for diagnosis, mistake in mistakes:
+    for diagnosis, mistake in (*mistakes, *((text, lambda *a, f=change: f(solution(*a))) for text, change in _USUAL)):
         outcomes = (_outcome(mistake, arguments, gradient) for _, *arguments in cases)
         if all(_same(mine, wrong) for mine, wrong in zip(theirs, outcomes, strict=True)):
             raise Wrong(first.property, diagnosis, **first.shown)
-    values = [each[0] for each in theirs]
-    if len(cases) > 1 and all(
-        isinstance(each, Tensor) and each.numel() and (each == values[0].flatten()[0]).all() for each in values
-    ):
+    numbers = [value.double().unique() for value, _ in theirs if isinstance(value, Tensor)]
+    if len(numbers) == len(cases) > 1 and len(torch.cat(numbers).unique()) == 1:
         raise Wrong("it depends on its inputs", "the result is one number, whatever comes in", **first.shown)
     raise first
 
 
 def show(value: Any) -> str:
     """Short text for a message: small tensors as rounded lists, large ones by their shape and first numbers."""
+    if isinstance(value, Tensor) and value.numel() > 24:
+        return f"a tensor of shape {tuple(value.shape)}, beginning {show(value.flatten()[:4])}"
     if isinstance(value, Tensor):
-        value = value.detach()
-        if value.numel() > 24:
-            return f"a tensor of shape {tuple(value.shape)}, beginning {show(value.flatten()[:4])}"
         return show(value.tolist())
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list | tuple):
-        return ("[{}]" if isinstance(value, list) else "({})").format(", ".join(map(show, value)))
+        return "[" + ", ".join(map(show, value)) + "]"
     return value if isinstance(value, str) else repr(value)[:200]
 
 
@@ -213,89 +207,84 @@ def _copy(value: Any) -> Any:
 
 def _outcome(function: Callable, arguments: Sequence, gradient: Sequence[int]) -> tuple[Any, Any]:
     """(result, gradients): what two functions must share to be taken for the same."""
-    value = _attempt(function, [_copy(each) for each in arguments])
-    return value, _gradient(function, arguments, gradient)
+    return _attempt(function, [_copy(each) for each in arguments]), _gradient(function, arguments, gradient)
 
 
 def _gradient(function: Callable, arguments: Sequence, indices: Sequence[int], allowed: Sequence[str] | None = None) -> Any:
     """The gradient of a weighted sum of the result in each argument of `indices`; None: there is none; or an exception."""
-    if not indices:
-        return None
     inputs = [_copy(each).requires_grad_() if i in indices else _copy(each) for i, each in enumerate(arguments)]
-    result, leaves = _attempt(function, inputs, allowed), [inputs[i] for i in indices]
+    result = _attempt(function, inputs, allowed) if indices else None
     if not isinstance(result, Tensor) or not result.requires_grad:
         return result if isinstance(result, Exception) else None
-    weights = torch.linspace(1, 2, result.numel(), dtype=result.dtype).view(result.shape)
-    gradients = _attempt(lambda: torch.autograd.grad((result * weights).sum(), leaves, allow_unused=True), ())
-    if isinstance(gradients, Exception):
-        return gradients
-    return tuple(torch.zeros_like(x) if each is None else each for x, each in zip(leaves, gradients, strict=True))
+    total = (result * torch.linspace(1, 2, result.numel(), dtype=result.dtype).view(result.shape)).sum()
+    gradients = _attempt(lambda: torch.autograd.grad(total, [inputs[i] for i in indices], materialize_grads=True), ())
+    return gradients
 
 
 def _same(a: Any, b: Any, *, exact: bool = False) -> bool:
-    """Equal in kind, shape and value; nan equals nan; two exceptions of one type are the same."""
+    """Equal in kind, shape and value; nan equals nan; 2 equals 2.0; no exception equals another."""
+    if isinstance(a, int | float) and isinstance(b, int | float) and isinstance(a, bool) == isinstance(b, bool):
+        a, b = torch.tensor(float(a)), torch.tensor(float(b))
     if type(a) is not type(b):
-        number = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
-        return number and _same(torch.tensor(float(a)), torch.tensor(float(b)), exact=exact)
+        return False
     if isinstance(a, Tensor):
-        if a.shape != b.shape or (a.is_floating_point() != b.is_floating_point()):
+        if a.shape != b.shape or _kind(a) != _kind(b):
             return False
-        tolerance = {"rtol": 0.0, "atol": 0.0} if exact or not a.is_floating_point() else {"rtol": RTOL, "atol": ATOL}
+        tolerance = {"rtol": 0.0, "atol": 0.0} if exact else _TOLERANCE
         return torch.allclose(a.detach().double(), b.detach().double(), equal_nan=True, **tolerance)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y, exact=exact) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float):
-        return _same(torch.tensor(a), torch.tensor(b), exact=exact)
-    return isinstance(a, Exception) or bool(a == b)
+    return a == b
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floats" if tensor.is_floating_point() else "booleans" if tensor.dtype == torch.bool else "integers"
 
 
 def _form(got: Any, right: Any) -> str:
-    """What is wrong with the kind of the result; empty where it is as it should be."""
-    if isinstance(right, Tensor):
-        if type(got) is not Tensor:
-            return f"expected a tensor of shape {tuple(right.shape)}, got {type(got).__name__}" + " (no return?)" * (
-                got is None
-            )
-        if got.shape != right.shape:
-            return f"expected shape {tuple(right.shape)}, got {tuple(got.shape)}"
-        if got.is_floating_point() != right.is_floating_point() or (got.dtype == torch.bool) != (right.dtype == torch.bool):
-            return f"expected {right.dtype}, got {got.dtype}"
-    elif isinstance(right, tuple):
-        if not isinstance(got, tuple | list) or len(got) != len(right):
-            return f"expected {len(right)} results, got {show(got)}"
-        return next((text for text in map(_form, got, right) if text), "")
-    elif isinstance(right, float) and not isinstance(got, int | float):
-        return f"expected a number, got {type(got).__name__}" + " (no return?)" * (got is None)
+    """What is wrong with the type, shape or kind of the result; empty where they are right."""
+    if isinstance(right, tuple) and isinstance(got, tuple | list) and len(got) == len(right):
+        return next((why for why in map(_form, got, right) if why), "")
+    number = isinstance(right, int | float)
+    if (
+        isinstance(right, tuple)
+        or (number and not isinstance(got, int | float))
+        or (not number and type(got) is not type(right))
+    ):
+        wanted = (
+            f"a tensor of shape {tuple(right.shape)}" if isinstance(right, Tensor) else "a number" if number else show(right)
+        )
+        return f"expected {wanted}, got {type(got).__name__}" + " (is there a return?)" * (got is None)
+    if isinstance(right, Tensor) and got.shape != right.shape:
+        return f"expected shape {tuple(right.shape)}, got {tuple(got.shape)}"
+    if isinstance(right, Tensor) and _kind(got) != _kind(right):
+        return f"expected {_kind(right)}, got {_kind(got)}"
     return ""
 
 
-def _guess(got: Any, right: Any) -> str:
-    """A cause read from the numbers alone, for a mistake that nobody foresaw."""
-    if not isinstance(got, Tensor) or not got.is_floating_point() or got.numel() == 0:
-        return "none of the usual mistakes; work the given input by hand and compare each step"
-    if not got.isfinite().all() and right.isfinite().all():
-        return "nan or inf: an exp that overflows, a log of zero, or -inf * 0; stay in log space"
-    if _same(-got, right):
-        return "the sign is turned round"
-    if _same(got.flip(-1), right):
-        return "the order is turned round"
-    ratio, shift = got / right, got - right
-    if ratio.isfinite().all() and ratio.numel() > 1 and _same(ratio, ratio.flatten()[0].expand(ratio.shape)):
-        return f"every value is {ratio.flatten()[0]:.4g} times what it should be"
-    if shift.numel() > 1 and _same(shift, shift.flatten()[0].expand(shift.shape)):
-        return f"every value is off by the same {shift.flatten()[0]:+.4g}"
-    return "none of the usual mistakes; work the given input by hand and compare each step"
-
-
-def _wrong_gradient(property: str, got: Any, right: Any, given: str, names: Sequence[str]) -> Wrong:
-    """The values are right and the gradient is not."""
-    if got is None:
-        why = "no gradient flows back: a .item(), .tolist(), .detach(), .data or torch.tensor(...) cuts the graph"
-        return Wrong("the gradient reaches the inputs", why, given=given)
-    if isinstance(got, Exception):
-        return Wrong("the gradient exists", f"backward raised {type(got).__name__}: {got}", given=given)
-    i = next(i for i, (mine, true) in enumerate(zip(got, right, strict=True)) if not _same(mine, true))
-    why = "the values are right but part of the graph is cut or bent (detach, where, clamp)"
-    return Wrong(
-        f"the gradient is right, too ({property})", why, given=given, expected=right[i], got=f"{show(got[i])} for {names[i]}"
-    )
+def _difference(property: str, given: str, got: tuple[Any, Any], right: tuple[Any, Any], names: Sequence[str]) -> Wrong:
+    """How a (result, gradients) pair differs from the right one, read from the numbers alone."""
+    shown = {"given": given, "expected": right[0], "got": got[0]}
+    if why := _form(got[0], right[0]):
+        return Wrong("the result has the right form", why, **shown)
+    unknown = "none of the usual mistakes: work the given input by hand and compare each step"
+    if _same(got[0], right[0]):
+        if isinstance(got[1], tuple):
+            i = next(i for i, (mine, true) in enumerate(zip(got[1], right[1], strict=True)) if not _same(mine, true))
+            shown |= {"expected": f"gradient in {names[i]} {show(right[1][i])}", "got": got[1][i]}
+        why = (
+            f"backward raised {got[1]!r}"
+            if isinstance(got[1], Exception)
+            else "the values are right; part of the graph is cut or bent"
+        )
+        return Wrong(f"the gradient, too, is right: {property}", why, **shown)
+    if not isinstance(got[0], Tensor) or not got[0].is_floating_point():
+        return Wrong(property, unknown, **shown)
+    ratio, shift = got[0] / right[0], got[0] - right[0]
+    if not got[0].isfinite().all() and right[0].isfinite().all():
+        unknown = "nan or inf: an exp that overflows, a log of zero, or -inf * 0; stay in log space"
+    elif ratio.numel() > 1 and _same(ratio, ratio.mean().expand(ratio.shape)):
+        unknown = f"every value is {ratio.mean():.4g} times what it should be"
+    elif shift.numel() > 1 and _same(shift, shift.mean().expand(shift.shape)):
+        unknown = f"every value is off by the same {shift.mean():+.4g}"
+    return Wrong(property, unknown, **shown)
