@@ -1,0 +1,336 @@
+"""A function in another process, called as if it were here: tensors and gradients travel, trust does not.
+
+`Process` and `Remote` are the side that checks; `student.serve` is the other side, which executes cells and calls the functions that
+they defined. To that side objects go pickled; from it come numbers, text and raw tensors, and nothing that comes is ever executed.
+"""
+
+import builtins
+import io
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LARGEST_REPLY = 2**26  # bytes
+FORGED = "it wrote to the grader's connection"
+DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+
+
+class Ended(BaseException):
+    """The other process is no more: `kind` is "time", "exit" or "forged". No `except Exception` of a check hides it."""
+
+    def __init__(self, kind: str, why: str):
+        super().__init__(why)
+        self.kind = kind
+
+
+class Process:
+    """A process that executes cells and calls functions under limits, in its own process group.
+
+    Args:
+        folder: where it works; its HOME, too.
+        log: an open file for what it prints.
+        seconds: of processor time for each request, and four times as many on the clock.
+        megabytes: of memory beyond what torch takes.
+        output: megabytes that it may write to a file, or print.
+        user: the number of a user to become, where the caller is root.
+    """
+
+    def __init__(self, folder: Path, log: Any, *, seconds: int, megabytes: int, output: int, user: int | None = None):
+        ours, theirs = socket.socketpair()
+        self.seconds, self._socket = seconds, ours
+        limits = f"{theirs.fileno()}, {seconds}, {megabytes}, {output}, {user}"
+        kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")}
+        environment = kept | {
+            "HOME": str(folder), "TMPDIR": str(folder), "PDPO_RUNS_DIR": str(folder / "runs"), "PDPO_FIGURES_DIR": str(folder / "figures"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)]), "PYTHONHASHSEED": "0",
+            "PDPO_PRESET": "tiny", "PDPO_WORKERS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from pdpo.student import serve; serve({limits})"], cwd=folder, env=environment,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),), start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self._receive(time.monotonic() + 300)  # it has imported torch, and waits
+
+    def ask(self, *request: Any) -> Any:
+        """The answer to a request; Ended where none comes."""
+        data, deadline = pickle.dumps(request), time.monotonic() + 4 * self.seconds
+        try:
+            self._socket.settimeout(4 * self.seconds)
+            self._socket.sendall(struct.pack("!Q", len(data)) + data)
+        except OSError:
+            self._end(deadline)
+        return self._receive(deadline)
+
+    def close(self) -> None:
+        """Kills it and whatever it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._socket.close()
+
+    def _receive(self, deadline: float) -> Any:
+        """A length, JSON of that length, and the buffers whose lengths it begins with."""
+        (length,) = struct.unpack("!Q", self._read(8, deadline))
+        try:
+            lengths, answer = json.loads(self._read(_checked(length), deadline))
+            buffers = [self._read(each, deadline) for each in lengths if _checked(sum(lengths)) and each >= 0]
+            return _decode(answer, buffers)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError):
+            self.close()
+            raise Ended("forged", FORGED) from None
+
+    def _read(self, length: int, deadline: float) -> bytearray:
+        data = bytearray()
+        while len(data) < length:
+            self._socket.settimeout(1)
+            try:
+                piece = self._socket.recv(min(length - len(data), 2**20))
+            except TimeoutError:
+                piece = None if self._process.poll() is None and time.monotonic() < deadline else b""
+            except OSError:
+                piece = b""
+            if piece == b"":
+                self._end(deadline)
+            data += piece or b""
+        return data
+
+    def _end(self, deadline: float) -> None:
+        """Says why no answer came."""
+        try:
+            status = self._process.wait(1)  # an end of the connection comes a moment before the end of the process
+        except subprocess.TimeoutExpired:
+            status = None
+        self.close()
+        if status == -signal.SIGXCPU:
+            raise Ended("time", f"it computed for more than {self.seconds} seconds")
+        if status is None and time.monotonic() >= deadline:
+            raise Ended("time", f"it gave no answer within {4 * self.seconds} seconds")
+        by = "closed its connection" if status is None else f"signal {-status}" if status < 0 else f"exit status {status}"
+        raise Ended("exit", f"it ended the process ({by})")
+
+
+class Remote:
+    """A function of the other process. In-place changes of its arguments, gradients and exceptions come back as if it were here."""
+
+    def __init__(self, process: Process, name: str, adapter: Callable | None = None):
+        self.process, self.__name__, self._adapter = process, name, adapter
+        self._allowed, self._called = (), []
+
+    @contextmanager
+    def watched(self, allowed: Sequence[str]) -> Iterator[list[str]]:
+        """What `pdpo.exercises` uses to see which of this package's functions it calls, watched over there."""
+        self._allowed, self._called = allowed, []
+        try:
+            yield self._called
+        finally:
+            self._allowed = ()
+
+    def through(self, adapter: Callable) -> "Remote":
+        """adapter(function), made over there: for functions of modules and of other functions, which cannot travel."""
+        return Remote(self.process, self.__name__, adapter)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        data, leaves = io.BytesIO(), []
+        _Pickler(data, leaves).dump((arguments, named))
+        sent = [pack(leaf) for leaf in leaves]
+        seed = int(torch.randint(2**31, ()))  # from this side's global generator: seed that, and both sides repeat themselves
+        settings = {"allowed": tuple(self._allowed), "seed": seed, "gradients": torch.is_grad_enabled(), "adapter": self._adapter}
+        answer = self.process.ask("call", self.__name__, data.getvalue(), sent, settings)
+        try:
+            self._called.extend(str(each) for each in answer["called"])
+            for index, value in answer["changed"].items():
+                _restore(leaves[int(index)], value)
+            for index, value in answer["containers"].items():
+                _refill(arguments[int(index)], value)
+            for index, value in answer["grads"].items():
+                leaves[int(index)].grad = value
+            leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+            error = answer["error"] and _exception(*answer["error"])
+            value, number = answer["value"], answer["number"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError):
+            self.process.close()
+            raise Ended("forged", FORGED) from None
+        if error:
+            raise error
+        found = [each for each in tensors_of(value) if each.requires_grad] if leaves else []
+        linked = iter(_Linked.apply(self.process, number, len(found), *found, *leaves) if found else ())
+        return _replace(value, lambda each: next(linked) if each.requires_grad and found else each)
+
+
+class _Linked(torch.autograd.Function):
+    """The results of call `number`, with a backward that asks the other process for the vector-Jacobian product."""
+
+    @staticmethod
+    def forward(ctx, process, number, num_results, *tensors):
+        ctx.process, ctx.number, ctx.num_results = process, number, num_results
+        ctx.shapes = [(each.shape, each.dtype) for each in tensors[num_results:]]
+        return tuple(each.detach().clone() for each in tensors[:num_results])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        answer = ctx.process.ask("vjp", ctx.number, [each.clone() for each in grads])
+        if isinstance(answer, dict) and isinstance(answer.get("error"), list):
+            raise _exception(*map(str, answer["error"][:2]))
+        fits = isinstance(answer, list) and len(answer) == len(ctx.shapes)
+        if not fits or not all(
+            each is None or (isinstance(each, Tensor) and (each.shape, each.dtype) == expected)
+            for each, expected in zip(answer, ctx.shapes, strict=True)
+        ):
+            ctx.process.close()
+            raise Ended("forged", FORGED)
+        return None, None, None, *[None] * ctx.num_results, *answer
+
+
+class _Pickler(pickle.Pickler):
+    """Keeps what can be changed in place apart, in `leaves`, so that both sides know it by its number."""
+
+    def __init__(self, file: io.BytesIO, leaves: list):
+        super().__init__(file)
+        self._leaves, self._numbers = leaves, {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor | np.ndarray | torch.Generator):
+            return None
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._leaves)
+            self._leaves.append(value)
+        return self._numbers[id(value)]
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads what `_Pickler` wrote, with the other side's leaves."""
+
+    def __init__(self, file: io.BytesIO, leaves: list):
+        super().__init__(file)
+        self.persistent_load = lambda number: leaves[number]
+
+
+def pack(leaf: Any) -> tuple:
+    if isinstance(leaf, Tensor):
+        return "tensor", leaf.detach().clone(), leaf.requires_grad, isinstance(leaf, torch.nn.Parameter)
+    return ("generator", leaf.get_state()) if isinstance(leaf, torch.Generator) else ("array", leaf)
+
+
+def unpack(kind: str, value: Any, requires_grad: bool = False, is_parameter: bool = False) -> Any:
+    if kind == "generator":
+        return torch.Generator().set_state(value)
+    if kind == "tensor":
+        return torch.nn.Parameter(value, requires_grad) if is_parameter else value.requires_grad_(requires_grad)
+    return value
+
+
+def state_of(leaf: Any) -> Any:
+    """A copy of what can change in a leaf."""
+    if isinstance(leaf, torch.Generator):
+        return leaf.get_state()
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf.copy()
+
+
+def _restore(leaf: Any, state: Any) -> None:
+    if isinstance(leaf, torch.Generator):
+        leaf.set_state(state)
+    elif isinstance(leaf, Tensor):
+        if leaf.dtype != state.dtype:
+            raise TypeError
+        if leaf.shape == state.shape:
+            leaf.detach().copy_(state)
+        else:
+            leaf.data = state
+    else:
+        leaf[...] = state
+
+
+def _refill(container: list | dict, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(items)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a value, in order."""
+    found: list[Tensor] = []
+    _replace(value, lambda each: found.append(each) or each)
+    return found
+
+
+def _replace(value: Any, change: Callable) -> Any:
+    """The same value with `change(tensor)` for every tensor in it, in order."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_replace(each, change) for each in value])
+    return {key: _replace(each, change) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _exception(name: str, message: str) -> BaseException:
+    """The exception that was raised there, if Python has it; else one of that name."""
+    kind = getattr(builtins, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception | SystemExit)):
+        kind = type(str(name), (Exception,), {})
+    try:
+        return kind(str(message))
+    except TypeError:  # such as UnicodeDecodeError, which wants five arguments
+        return type(str(name), (Exception,), {})(str(message))
+
+
+def _checked(length: int) -> int:
+    if not 0 < length < LARGEST_REPLY:
+        raise ValueError
+    return length
+
+
+def encode(value: Any, buffers: list[bytes]) -> Any:
+    """JSON for a value; what is no number, text, tensor, array, list, tuple or dict becomes the name of its type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor) and str(value.dtype).removeprefix("torch.") in DTYPES and value.layout == torch.strided:
+        flat = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+        buffers.append(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"is": "tensor", "dtype": dtype, "shape": list(value.shape), "at": len(buffers) - 1, "grad": value.requires_grad}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        buffers.append(np.ascontiguousarray(value).tobytes())
+        scalar = isinstance(value, np.generic)
+        return {"is": "array", "dtype": value.dtype.str, "shape": list(value.shape), "at": len(buffers) - 1, "scalar": scalar}
+    if isinstance(value, list | tuple):
+        return {"is": "list" if isinstance(value, list) else "tuple", "items": [encode(each, buffers) for each in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"is": "dict", "items": {key: encode(each, buffers) for key, each in value.items()}}
+    return {"is": "other", "type": type(value).__name__}
+
+
+def _decode(value: Any, buffers: list[bytearray]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind = value["is"]
+    if kind == "tensor":
+        dtype, shape, buffer = DTYPES[value["dtype"]], value["shape"], buffers[value["at"]]
+        flat = torch.frombuffer(bytearray(buffer), dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+        return flat.reshape(shape).requires_grad_(bool(value["grad"]) and dtype.is_floating_point)
+    if kind == "array":
+        array = np.frombuffer(bytearray(buffers[value["at"]]), dtype=np.dtype(value["dtype"])).reshape(value["shape"])
+        return array[()] if value["scalar"] else array
+    if kind == "dict":
+        return {str(key): _decode(each, buffers) for key, each in value["items"].items()}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_decode(each, buffers) for each in value["items"])
+    return type(str(value["type"]), (), {})()  # an object of no use, whose type has the right name
