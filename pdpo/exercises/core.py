@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
+SEEDS: random.Random = random.SystemRandom()  # the grader puts a seeded one in its place
 _TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32's rounding in sums of dozens of terms; every mistake is off by far more
 _USUAL = (  # mistakes that can be made in any task: what they make of a right result
     ("the sign is turned round", lambda right: -right),
@@ -83,7 +84,7 @@ def task(
 
 def fresh() -> torch.Generator:
     """A generator with a seed that nobody knows beforehand: stored answers do not fit what it draws."""
-    return torch.Generator().manual_seed(random.SystemRandom().getrandbits(32))
+    return torch.Generator().manual_seed(SEEDS.getrandbits(32))
 
 
 def call(function: Callable, *arguments: Any, like: Any = None, names: Sequence[str] = (), allowed: Sequence[str] = ()) -> Any:
@@ -191,7 +192,7 @@ def _watched(allowed: Sequence[str]) -> Iterator[list[str]]:
 
 def _attempt(function: Callable, arguments: Sequence, allowed: Sequence[str] | None = None) -> Any:
     """The function's result, or the exception that it raised; with `allowed`, `Wrong` where it calls this package."""
-    with _watched(allowed or ()) as called:
+    with getattr(function, "watched", _watched)(allowed or ()) as called:  # a function of another process is watched there
         try:
             result = function(*arguments)
         except (Exception, SystemExit) as error:
@@ -199,6 +200,11 @@ def _attempt(function: Callable, arguments: Sequence, allowed: Sequence[str] | N
     if called and allowed is not None:
         raise Wrong("it is your own work", f"the function calls {called[0]}, which is the answer: write it out yourself")
     return result
+
+
+def adapted(adapter: Callable, function: Callable) -> Callable:
+    """adapter(function); where the function lives in another process, so does then the adapter."""
+    return function.through(adapter) if hasattr(function, "through") else adapter(function)
 
 
 def _copy(value: Any) -> Any:
