@@ -6,6 +6,8 @@ from torch.nn.functional import logsigmoid
 
 from pdpo.exercises.core import task
 
+_LOGPS = "policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps"
+
 
 def _odpo(pc, pr, rc, rr, offset, beta):
     return -logsigmoid(beta * ((pc - rc) - (pr - rr)) - offset)
@@ -56,110 +58,57 @@ def _tilt_cases(generator):
     yield "any reference, any scores", logps, scores, 0.3, 0.6
 
 
+# fmt: off
 TASKS = (
-    task(
-        "odpo_loss",
-        "ex_07",
-        "def odpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, offset, beta):",
-        (
-            "DPO asks for a win. ODPO asks for a win by more than the offset. Where in the sigmoid is the demand?",
-            "P(win by more than D) = sigmoid(margin - D). The offset is in units of the reward: is there a beta in front of it?",
-            "-logsigmoid(margin - offset) with margin = beta * ((pc - rc) - (pr - rr)).",
-        ),
-        _odpo,
-        _odpo_cases,
-        (
-            ("the sign of the offset: a demand makes the loss larger", lambda *x: _odpo(*x[:4], -x[4], x[5])),
-            (
-                "beta multiplies the offset, too: it is in units of the reward already",
-                lambda *x: _odpo(*x[:4], x[5] * x[4], x[5]),
-            ),
-            (
-                "the offset is added to the loss: it has no effect on the gradient there",
-                lambda *x: _odpo(*x[:4], 0.0, x[5]) + x[4],
-            ),
-            ("the offset is not used: that is DPO", lambda *x: _odpo(*x[:4], 0.0, x[5])),
-            (
-                "negative offsets are cut off at 0: that is the softmax margin, not ODPO",
-                lambda *x: _odpo(*x[:4], x[4].clamp(min=0), x[5]),
-            ),
-            (
-                "the offset multiplies the loss: that weights pairs, and demands nothing",
-                lambda *x: x[4] * _odpo(*x[:4], 0.0, x[5]),
-            ),
-            (
-                "pairs whose margin exceeds the offset cost nothing here: that is a hinge",
-                lambda *x: (x[4] - x[5] * ((x[0] - x[2]) - (x[1] - x[3]))).clamp(min=0),
-            ),
-            ("log(sigmoid(x)) overflows where x is very negative: use logsigmoid(x)", lambda *x: -(-_odpo(*x)).exp().log()),
-        ),
-        gradient=(0, 1),
-    ),
-    task(
-        "score_offset",
-        "ex_07",
-        "def score_offset(chosen_scores, rejected_scores, alpha, scale):",
-        (
-            'Three scales: "log", log(chosen - rejected); "identity", chosen - rejected; "log_ratio", log chosen - log rejected.',
-            "Only one of them is not defined everywhere. The rule there: a tie or a flipped pair is given plain DPO's offset.",
-            "torch.where(difference > 0, difference, 1.0).log(): the log of 1 is 0, and no nan is ever computed.",
-        ),
-        _offset,
-        _offset_cases,
-        (
-            ("log of 0 or of a negative difference: ties and flipped pairs get 0", lambda *x: _offset(*x, lambda d: d)),
-            (
-                "a clamp: log(1e-6) = -13.8 silences the very pairs whose label is wrong; the rule is 0",
-                lambda *x: _offset(*x, lambda d: d.clamp(min=1e-6)),
-            ),
-            (
-                "abs() demands a large margin of a pair whose label is wrong",
-                lambda *x: _offset(*x, lambda d: torch.where(d == 0, 1.0, d.abs())),
-            ),
-            ("log(1 + difference) is never negative: another offset", lambda *x: _offset(*x, lambda d: 1 + d.clamp(min=0))),
-            (
-                "negative log offsets are cut off: a difference below 1 asks for less than a win",
-                lambda *x: _offset(*x, lambda d: d.clamp(min=1)),
-            ),
-            (
-                "the signed scales are cut off at 0: only the log scale needs a rule",
-                lambda *x: _offset(*x) if x[3] == "log" else _offset(*x).clamp(min=0),
-            ),
-            (
-                "alpha stands inside the logarithm: it must be a factor",
-                lambda c, r, a, s: _offset(c, r, 1.0, s, lambda d: torch.where(d > 0, a * d, 1.0)) * (1 if s == "log" else a),
-            ),
-            ("the scale is not used", lambda *x: _offset(*x[:3], "log")),
-        ),
-    ),
-    task(
-        "tilted_reference",
-        "ex_07",
-        "def tilted_reference(reference_logps, scores, beta, alpha):",
-        (
-            "Write beta * log(policy / reference') and look for the alpha * score that has gone into reference'.",
-            "beta * log reference' = beta * log reference + alpha * score + a constant. The constant makes it sum to one.",
-            "(reference_logps + alpha * scores / beta).log_softmax(-1).",
-        ),
-        _tilted,
-        _tilt_cases,
-        (
-            ("not normalised: its probabilities do not sum to 1 (log_softmax)", lambda r, s, b, a: r + a * s / b),
-            ("the tilt is alpha / beta, not alpha * beta", lambda r, s, b, a: _tilted(r, s, 1.0, a * b)),
-            ("beta is missing: a reward of one is 1 / beta nats", lambda r, s, b, a: _tilted(r, s, 1.0, a)),
-            (
-                "the sign: the reference that knows the scores prefers the better response",
-                lambda r, s, b, a: _tilted(r, -s, b, a),
-            ),
-            (
-                "1 + alpha is where ODPO ends with endless data; the reference has only alpha in it",
-                lambda r, s, b, a: _tilted(r, s, b, 1 + a),
-            ),
-            ("the reference itself is missing", lambda r, s, b, a: _tilted(0 * r, s, b, a)),
-            (
-                "exp overflows: stay in log space (log_softmax, or subtract a logsumexp)",
-                lambda r, s, b, a: (r.exp() * (a * s / b).exp() / (r.exp() * (a * s / b).exp()).sum()).log(),
-            ),
-        ),
-    ),
+    task("odpo_loss", "ex_07",
+         f"def odpo_loss({_LOGPS}, offset, beta):", (
+        "DPO asks for a win. ODPO asks for a win by more than the offset. Where in the sigmoid is the demand?",
+        "P(win by more than D) = sigmoid(margin - D). The offset is in units of the reward: is there a beta in front of it?",
+        "-logsigmoid(margin - offset) with margin = beta * ((pc - rc) - (pr - rr)).",
+    ), _odpo, _odpo_cases, (
+        ("the sign of the offset: a demand makes the loss larger", lambda *x: _odpo(*x[:4], -x[4], x[5])),
+        ("beta multiplies the offset, too: it is in units of the reward already", lambda *x: _odpo(*x[:4], x[5] * x[4], x[5])),
+        ("the offset is added to the loss: it has no effect on the gradient there", lambda *x: _odpo(*x[:4], 0.0, x[5]) + x[4]),
+        ("the offset is not used: that is DPO", lambda *x: _odpo(*x[:4], 0.0, x[5])),
+        ("negative offsets are cut off at 0: that is the softmax margin, not ODPO",
+         lambda *x: _odpo(*x[:4], x[4].clamp(min=0), x[5])),
+        ("the offset multiplies the loss: that weights pairs, and demands nothing", lambda *x: x[4] * _odpo(*x[:4], 0.0, x[5])),
+        ("pairs whose margin exceeds the offset cost nothing here: that is a hinge",
+         lambda *x: (x[4] - x[5] * ((x[0] - x[2]) - (x[1] - x[3]))).clamp(min=0)),
+        ("log(sigmoid(x)) overflows where x is very negative: use logsigmoid(x)", lambda *x: -(-_odpo(*x)).exp().log()),
+    ), gradient=(0, 1)),
+    task("score_offset", "ex_07", "def score_offset(chosen_scores, rejected_scores, alpha, scale):", (
+        'Three scales: "log", log(chosen - rejected); "identity", chosen - rejected; "log_ratio", log chosen - log rejected.',
+        "Only one of them is not defined everywhere. The rule there: a tie or a flipped pair is given plain DPO's offset.",
+        "torch.where(difference > 0, difference, 1.0).log(): the log of 1 is 0, and no nan is ever computed.",
+    ), _offset, _offset_cases, (
+        ("log of 0 or of a negative difference: ties and flipped pairs get 0", lambda *x: _offset(*x, lambda d: d)),
+        ("a clamp: log(1e-6) = -13.8 silences the very pairs whose label is wrong; the rule is 0",
+         lambda *x: _offset(*x, lambda d: d.clamp(min=1e-6))),
+        ("abs() demands a large margin of a pair whose label is wrong",
+         lambda *x: _offset(*x, lambda d: torch.where(d == 0, 1.0, d.abs()))),
+        ("log(1 + difference) is never negative: another offset", lambda *x: _offset(*x, lambda d: 1 + d.clamp(min=0))),
+        ("negative log offsets are cut off: a difference below 1 asks for less than a win",
+         lambda *x: _offset(*x, lambda d: d.clamp(min=1))),
+        ("the signed scales are cut off at 0: only the log scale needs a rule",
+         lambda *x: _offset(*x) if x[3] == "log" else _offset(*x).clamp(min=0)),
+        ("alpha stands inside the logarithm: it must be a factor",
+         lambda c, r, a, s: _offset(c, r, 1.0, s, lambda d: torch.where(d > 0, a * d, 1.0)) * (1 if s == "log" else a)),
+        ("the scale is not used", lambda *x: _offset(*x[:3], "log")),
+    )),
+    task("tilted_reference", "ex_07", "def tilted_reference(reference_logps, scores, beta, alpha):", (
+        "Write beta * log(policy / reference') and look for the alpha * score that has gone into reference'.",
+        "beta * log reference' = beta * log reference + alpha * score + a constant. The constant makes it sum to one.",
+        "(reference_logps + alpha * scores / beta).log_softmax(-1).",
+    ), _tilted, _tilt_cases, (
+        ("not normalised: its probabilities do not sum to 1 (log_softmax)", lambda r, s, b, a: r + a * s / b),
+        ("the tilt is alpha / beta, not alpha * beta", lambda r, s, b, a: _tilted(r, s, 1.0, a * b)),
+        ("beta is missing: a reward of one is 1 / beta nats", lambda r, s, b, a: _tilted(r, s, 1.0, a)),
+        ("the sign: the reference that knows the scores prefers the better response", lambda r, s, b, a: _tilted(r, -s, b, a)),
+        ("1 + alpha is where ODPO ends with endless data; the reference has only alpha in it",
+         lambda r, s, b, a: _tilted(r, s, b, 1 + a)),
+        ("the reference itself is missing", lambda r, s, b, a: _tilted(0 * r, s, b, a)),
+        ("exp overflows: stay in log space (log_softmax, or subtract a logsumexp)",
+         lambda r, s, b, a: (r.exp() * (a * s / b).exp() / (r.exp() * (a * s / b).exp()).sum()).log()),
+    )),
 )

@@ -158,153 +158,81 @@ def _head_check(function):
     compare(_fitted(function), _fitted(_head), _head_cases(fresh()), mistakes, names=names, allowed=allowed)
 
 
+# fmt: off
 _HEAD_MISTAKES = (
     ("weight_decay is not used: pairs that are all ranked right drive the weights to infinity", lambda x, d: _head(x, 0.0)),
     ("chosen and rejected are swapped: it prefers the rejected response", lambda x, d: -_head(x, d)),
     ("the sum of the losses, not their mean: the decay then counts for nothing", lambda x, d: _head(x, d / len(x))),
     ("the squares are halved: weight_decay * weights.square().sum()", lambda x, d: _head(x, d / 2)),
-    (
-        "a regression on the labels: the sigmoid is missing",
-        lambda x, d: _head(x, d, lambda x, w, d: (1 - (x[:, 0] - x[:, 1]) @ w).square().mean() + d * w.square().sum()),
-    ),
-    (
-        "each response is classified by itself; Bradley-Terry knows only the difference of a pair",
-        lambda x, d: _head(
-            x, d, lambda x, w, d: -(logsigmoid(x[:, 0] @ w) + logsigmoid(-x[:, 1] @ w)).mean() + d * w.square().sum()
-        ),
-    ),
+    ("a regression on the labels: the sigmoid is missing",
+     lambda x, d: _head(x, d, lambda x, w, d: (1 - (x[:, 0] - x[:, 1]) @ w).square().mean() + d * w.square().sum())),
+    ("each response is classified by itself; Bradley-Terry knows only the difference of a pair",
+     lambda x, d: _head(x, d, lambda x, w, d: -(logsigmoid(x[:, 0] @ w) + logsigmoid(-x[:, 1] @ w)).mean() + d * w.square().sum())),
     ("that is the mean difference of the features: one step, no fit", lambda x, d: (x[:, 0] - x[:, 1]).mean(0)),
     ("untrained: all weights are 0", lambda x, d: 0 * x[0, 0]),
 )
+# fmt: on
 
+# fmt: off
 TASKS = (
-    Task(
-        "reward_head",
-        "ex_09",
-        "def reward_head(features, weight_decay):",
-        (
-            "Features (B, 2, D), chosen first. A score is features @ weights; which (D,) weights make the labels likeliest?",
-            "Minimise the mean of -logsigmoid(chosen score - rejected score) plus weight_decay * weights.square().sum().",
-            "weights = zeros with a gradient; torch.optim.LBFGS([weights], max_iter=200, line_search_fn='strong_wolfe').step(closure).",
-        ),
-        _head_check,
-        _HEAD_MISTAKES,
-    ),
-    task(
-        "calibration_error",
-        "ex_09",
-        "def calibration_error(probabilities, num_bins):",
-        (
-            "Each probability is that of the true order. When is the predicted order right, and how sure was the prediction?",
-            "confidence = max(p, 1 - p), right where p > 1/2; num_bins of equal width from 1/2 to 1, an empty one counts nothing.",
-            "Of each bin abs(mean of right - mean of confidence), weighted by its share of the pairs; the sum, as a float.",
-        ),
-        _calibration,
-        _calibration_cases,
-        (
-            ("bins count alike: weight each by its pairs", lambda *x: (_binned(*x)[2] - _binned(*x)[1]).abs().mean().item()),
-            (
-                "the largest gap; the mean, weighted by pairs, is asked",
-                lambda *x: (_binned(*x)[2] - _binned(*x)[1]).abs().max().item(),
-            ),
-            ("one gap over all pairs: errors of opposite sign cancel; bins first", lambda p, n: _calibration(p, 1)),
-            (
-                "without abs() the errors of two bins cancel",
-                lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1])).sum().item(),
-            ),
-            ("squared gaps: abs() is asked", lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1]) ** 2).sum().item()),
-            (
-                "p itself is taken for the confidence: of a pair with p = 0.1 the other order was predicted, with 0.9",
-                lambda p, n: _calibration(p.clamp(min=0.5), n),
-            ),
-            (
-                "confidence 1 is in no bin: it belongs to the last",
-                lambda p, n: _calibration(q, n) * len(q) / len(p) if len(q := p[(p > 0) & (p < 1)]) else 0.0,
-            ),
-            (
-                "bins from 0 to 1: a confidence is at least 1/2, so half of them stay empty",
-                lambda p, n: _calibration(p, -(-n // 2)),
-            ),
-        ),
-    ),
-    task(
-        "symptoms",
-        "ex_09",
-        "def symptoms(train):",
-        (
-            "Train twice, with beta 1 and 0.1. Five numbers: first loss, fall, rebound, gain, KL ratio; which needs the second run?",
-            "Of beta 1: loss[0]; loss[0] - smallest loss; last loss - smallest loss; last score - first score. And last KLs, 1 over 0.1.",
-            "loss[0], loss[0] - loss.min(), loss[-1] - loss.min(), score[-1] - score[0], kl[-1] / loose_kl[-1]: each with .item().",
-        ),
-        _symptoms,
-        _experiments,
-        (
-            ("the KL ratio is turned round: beta 1 over beta 0.1", lambda t: (*_symptoms(t)[:4], 1 / _symptoms(t)[4])),
-            (
-                "all five from beta 0.1: the first four are those of beta 1",
-                lambda t: (*_symptoms(t, high=0.1)[:4], _symptoms(t)[4]),
-            ),
-            (
-                "the rebound is measured from the first loss; it is the rise after the smallest one",
-                lambda t: (*_symptoms(t)[:2], _symptoms(t)[2] - _symptoms(t)[1], *_symptoms(t)[3:]),
-            ),
-            (
-                "the fall is measured to the last loss; it is to the smallest one",
-                lambda t: (_symptoms(t)[0], _symptoms(t)[1] - _symptoms(t)[2], *_symptoms(t)[2:]),
-            ),
-            ("the first loss is that before the first step, entry 0", lambda t: (_symptoms(t, first=1)[0], *_symptoms(t)[1:])),
-            (
-                "the last entry is [-1]; one step is missing",
-                lambda t: (*_symptoms(t)[:2], *_symptoms(t, last=-2)[2:4], _symptoms(t)[4]),
-            ),
-            (
-                "the gain has its sign turned round: last score minus first score",
-                lambda t: (*_symptoms(t)[:3], -_symptoms(t)[3], _symptoms(t)[4]),
-            ),
-        ),
-        allowed=_OWN,
-    ),
-    task(
-        "planted_bug",
-        "ex_09",
-        "def planted_bug(train):",
-        (
-            f"One of {', '.join(BUGS)}; or none. For each: which of the five symptoms would look how?",
-            "A first loss other than log 2; no fall; a rebound; a score that falls; a KL that grows with beta. Which order of questions?",
-            "Ask about the losses first: a run whose gradients are kept, or with another reference, can have any KL ratio.",
-        ),
-        _diagnosis,
-        _experiments,
-        (
-            (
-                "the KL ratio is asked first: kept gradients or another reference spoil it, too; ask about the losses first",
-                lambda t: _diagnosis(t, use="inverted beta, other reference, moving reference, gradients kept, swapped labels"),
-            ),
-            (
-                "only the trainer's own loss is read: swapped labels look perfect to it; look at the true score",
-                lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, inverted beta"),
-            ),
-            (
-                "only one beta was tried: an inverted beta shows in the comparison of two",
-                lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, swapped labels"),
-            ),
-            (
-                "the first loss is not looked at: it must be log 2",
-                lambda t: _diagnosis(t, use="moving reference, gradients kept, swapped labels, inverted beta"),
-            ),
-            (
-                "a loss that stays at log 2 was not noticed",
-                lambda t: _diagnosis(t, use="other reference, gradients kept, swapped labels, inverted beta"),
-            ),
-            (
-                "a loss that rises again was not noticed",
-                lambda t: _diagnosis(t, use="other reference, moving reference, swapped labels, inverted beta"),
-            ),
-            (
-                "a bug is named where there is none: what would a sound run look like?",
-                lambda t: BUGS[0] if _diagnosis(t) == "none" else _diagnosis(t),
-            ),
-        ),
-        allowed=_OWN,
-    ),
+    Task("reward_head", "ex_09", "def reward_head(features, weight_decay):", (
+        "Features (B, 2, D), chosen first. A score is features @ weights; which (D,) weights make the labels likeliest?",
+        "Minimise the mean of -logsigmoid(chosen score - rejected score) plus weight_decay * weights.square().sum().",
+        "weights = zeros with a gradient; torch.optim.LBFGS([weights], max_iter=200, line_search_fn='strong_wolfe').step(closure).",
+    ), _head_check, _HEAD_MISTAKES),
+    task("calibration_error", "ex_09", "def calibration_error(probabilities, num_bins):", (
+        "Each probability is that of the true order. When is the predicted order right, and how sure was the prediction?",
+        "confidence = max(p, 1 - p), right where p > 1/2; num_bins of equal width from 1/2 to 1, an empty one counts nothing.",
+        "Of each bin abs(mean of right - mean of confidence), weighted by its share of the pairs; the sum, as a float.",
+    ), _calibration, _calibration_cases, (
+        ("bins count alike: weight each by its pairs", lambda *x: (_binned(*x)[2] - _binned(*x)[1]).abs().mean().item()),
+        ("the largest gap; the mean, weighted by pairs, is asked",
+         lambda *x: (_binned(*x)[2] - _binned(*x)[1]).abs().max().item()),
+        ("one gap over all pairs: errors of opposite sign cancel; bins first", lambda p, n: _calibration(p, 1)),
+        ("without abs() the errors of two bins cancel",
+         lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1])).sum().item()),
+        ("squared gaps: abs() is asked", lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1]) ** 2).sum().item()),
+        ("p itself is taken for the confidence: of a pair with p = 0.1 the other order was predicted, with 0.9",
+         lambda p, n: _calibration(p.clamp(min=0.5), n)),
+        ("confidence 1 is in no bin: it belongs to the last",
+         lambda p, n: _calibration(q, n) * len(q) / len(p) if len(q := p[(p > 0) & (p < 1)]) else 0.0),
+        ("bins from 0 to 1: a confidence is at least 1/2, so half of them stay empty",
+         lambda p, n: _calibration(p, -(-n // 2))),
+    )),
+    task("symptoms", "ex_09", "def symptoms(train):", (
+        "Train twice, with beta 1 and 0.1. Five numbers: first loss, fall, rebound, gain, KL ratio; which needs the second run?",
+        "Of beta 1: loss[0]; loss[0] - smallest loss; last loss - smallest loss; last score - first score. And last KLs, 1 over 0.1.",
+        "loss[0], loss[0] - loss.min(), loss[-1] - loss.min(), score[-1] - score[0], kl[-1] / loose_kl[-1]: each with .item().",
+    ), _symptoms, _experiments, (
+        ("the KL ratio is turned round: beta 1 over beta 0.1", lambda t: (*_symptoms(t)[:4], 1 / _symptoms(t)[4])),
+        ("all five from beta 0.1: the first four are those of beta 1",
+         lambda t: (*_symptoms(t, high=0.1)[:4], _symptoms(t)[4])),
+        ("the rebound is measured from the first loss; it is the rise after the smallest one",
+         lambda t: (*_symptoms(t)[:2], _symptoms(t)[2] - _symptoms(t)[1], *_symptoms(t)[3:])),
+        ("the fall is measured to the last loss; it is to the smallest one",
+         lambda t: (_symptoms(t)[0], _symptoms(t)[1] - _symptoms(t)[2], *_symptoms(t)[2:])),
+        ("the first loss is that before the first step, entry 0", lambda t: (_symptoms(t, first=1)[0], *_symptoms(t)[1:])),
+        ("the last entry is [-1]; one step is missing",
+         lambda t: (*_symptoms(t)[:2], *_symptoms(t, last=-2)[2:4], _symptoms(t)[4])),
+        ("the gain has its sign turned round: last score minus first score",
+         lambda t: (*_symptoms(t)[:3], -_symptoms(t)[3], _symptoms(t)[4])),
+    ), allowed=_OWN),
+    task("planted_bug", "ex_09", "def planted_bug(train):", (
+        f"One of {', '.join(BUGS)}; or none. For each: which of the five symptoms would look how?",
+        "A first loss other than log 2; no fall; a rebound; a score that falls; a KL that grows with beta. Which order of questions?",
+        "Ask about the losses first: a run whose gradients are kept, or with another reference, can have any KL ratio.",
+    ), _diagnosis, _experiments, (
+        ("a loss that rises again was not noticed, or asked too late: kept gradients spoil the KL ratio, too",
+         lambda t: _diagnosis(t, use="inverted beta, other reference, moving reference, gradients kept, swapped labels")),
+        ("only the trainer's own loss is read: swapped labels look perfect to it; look at the true score",
+         lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, inverted beta")),
+        ("only one beta was tried: an inverted beta shows in the comparison of two",
+         lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, swapped labels")),
+        ("the first loss is not looked at: it must be log 2",
+         lambda t: _diagnosis(t, use="moving reference, gradients kept, swapped labels, inverted beta")),
+        ("a loss that stays at log 2 was not noticed",
+         lambda t: _diagnosis(t, use="other reference, gradients kept, swapped labels, inverted beta")),
+        ("a bug is named where there is none: what would a sound run look like?",
+         lambda t: BUGS[0] if _diagnosis(t) == "none" else _diagnosis(t)),
+    ), allowed=_OWN),
 )

@@ -186,154 +186,82 @@ def _task(adapter, names, name, signature, hints, solution, cases, mistakes):
     return Task(name, "ex_06", signature, hints, check, mistakes)
 
 
+# fmt: off
 TASKS = (
-    _task(
-        _asked,
-        ("the policy's logits", "question"),
-        "frozen_reference",
-        "def frozen_reference(policy):",
-        (
-            "If the policy moves, who else moves? What does an optimizer change, and what does train() change?",
-            "Three things: its own weights (copy.deepcopy), no gradient in any of them, and eval mode, so that dropout is off.",
-            "reference = copy.deepcopy(policy), then .requires_grad_(False) and .eval() on the copy, never on the policy.",
-        ),
-        _reference,
-        _reference_cases,
-        (
-            ("that is the policy itself: it moves with every step, and the loss stays at log 2", lambda policy: policy.eval()),
-            (
-                "copy.copy is shallow: the copy shares its weights with the policy (copy.deepcopy)",
-                lambda policy: copy.copy(policy).eval(),
-            ),
-            ("the copy still learns: its parameters need requires_grad_(False)", lambda policy: _reference(policy, grad=True)),
-            (
-                "the copy is in training mode: with dropout on, the first loss is not log 2 (eval)",
-                lambda policy: _reference(policy, train=True),
-            ),
-            (
-                "the policy is frozen, too: copy first, then freeze the copy",
-                lambda policy: _reference(policy.requires_grad_(False)),
-            ),
-            ("the policy is in eval mode now: call eval() on the copy", lambda policy: _reference(policy.eval())),
-            (
-                "a new policy with weights of its own: the reference is a copy of this one",
-                lambda policy: _Policy(torch.zeros_like(policy.logits)).requires_grad_(False).eval(),
-            ),
-        ),
-    ),
-    _task(
-        _micro,
-        ("the policy's logits", "rows", "micro_batch_size", "question"),
-        "micro_batched_gradient",
-        "def micro_batched_gradient(policy, losses_of, rows, micro_batch_size):",
-        (
-            "backward() adds to what is in .grad already. Which number does each part have to add?",
-            "The gradient of a mean over N rows is the sum over all rows, divided by N: not by the size of the part.",
-            "policy.zero_grad() once; for part in rows.split(micro_batch_size): (losses_of(policy, part).sum() / len(rows)).backward().",
-        ),
-        _accumulate,
-        _micro_cases,
-        (
-            (
-                "what was in .grad before is still in it: policy.zero_grad() before the first part",
-                lambda *x: _accumulate(*x, clear=None),
-            ),
-            ("zero_grad in the loop: only the last part's gradient is left", lambda *x: _accumulate(*x, clear=len(x[2]))),
-            ("a sum of the parts' means: too large by the number of parts", lambda *x: _accumulate(*x, lambda a, *_: a.mean())),
-            (
-                "a mean of the parts' means: right only where all parts are equally long; divide sums by len(rows)",
-                lambda *x: _accumulate(*x, lambda a, rows, size: a.mean() / -(-len(rows) // size)),
-            ),
-            (
-                "divided by micro_batch_size, also where the last part is shorter",
-                lambda *x: _accumulate(*x, lambda a, rows, size: a.sum() / size / -(-len(rows) // size)),
-            ),
-            ("the sum, not the mean: it grows with the batch", lambda *x: _accumulate(*x, lambda a, *_: a.sum())),
-            ("the last, shorter part is left out", lambda *x: _accumulate(*x, keep=len(x[2]) // x[3] * x[3])),
-            (
-                "all rows at once: right, and out of memory on a real model",
-                lambda p, f, rows, _: _accumulate(p, f, rows, len(rows)),
-            ),
-            (
-                "backward comes after the loop, so all graphs are in memory until then: call it on each part",
-                lambda p, f, rows, n: _accumulate(
-                    p, lambda p, _: torch.cat([f(p, part) for part in rows.split(n)]), rows, len(rows)
-                ),
-            ),
-        ),
-    ),
-    _task(
-        _clipped,
-        ("gradients", "max_norm"),
-        "clip_gradients",
-        "def clip_gradients(parameters, max_norm):",
-        (
-            "Think of all gradients as one long arrow. Clipping shortens it and never turns it.",
-            "The length is the root of the sum of all squares. One factor for all: max_norm / norm, and never more than 1.",
-            "norm = sum of squares ** 0.5; factor = min(1, max_norm / norm); each.grad.mul_(factor); return norm, that before clipping.",
-        ),
-        _clip,
-        _clipping_cases,
-        (
-            ("each parameter is clipped by itself, which turns the arrow: one norm of all of them", _clip_each),
-            ("each number is clipped by itself, which turns the arrow: scale, do not clamp", _clip_values),
-            (
-                "a short gradient is made longer: the factor is at most 1",
-                lambda *x: _clip(*x, factor=lambda norm, top: top / norm),
-            ),
-            (
-                "the norm after clipping is returned; that before it says when training goes wrong",
-                lambda *x: _clip(*x, returned=min),
-            ),
-            ("the square root of the sum of squares is missing", lambda *x: _clip(*x, norm_of=lambda g: g.square().sum())),
-            (
-                "the norms of the parameters are added; their squares add up",
-                lambda *x: _clip(*x, norm_of=lambda g: g.view(-1, 2).norm(dim=1).sum()),
-            ),
-            ("the largest entry is not the length of the arrow", lambda *x: _clip(*x, norm_of=lambda g: g.abs().max())),
-            ("the gradients are as long as before: scale .grad itself, in place", lambda *x: _clip(*x, factor=lambda *_: 1.0)),
-        ),
-    ),
-    _task(
-        _steps,
-        ("reference_logps", "chosen of each step", "rejected of each step", "beta"),
-        "dpo_step",
-        "def dpo_step(policy, reference_logps, chosen, rejected, beta, optimizer):",
-        (
-            "Five lines, in an order that matters: clear, forward, backward, step, and what you report.",
-            "policy() gives the log-probability of every response; logps[chosen] are those of this batch. One mean over the pairs.",
-            "optimizer.zero_grad(); loss = -logsigmoid(beta * (...)).mean(); loss.backward(); optimizer.step(); return loss.item().",
-        ),
-        _step,
-        _step_cases,
-        (
-            (
-                "step() comes before backward(): it uses the gradient of the step before, or none",
-                lambda *x: _step(*x, order="step, backward", clear=False),
-            ),
-            (
-                "old gradients are not cleared: the second step goes in the sum of both directions",
-                lambda *x: _step(*x, clear=False),
-            ),
-            (
-                "nothing moves: optimizer.step() is missing, or zero_grad() comes between backward() and it",
-                lambda *x: _step(*x, order="backward"),
-            ),
-            ("uphill: the loss is what becomes smaller", lambda *x: _step(*x, sign=-1)),
-            (
-                "the reference is taken from the policy as it is now: the loss is log 2 for ever",
-                lambda p, r, *x: _step(p, p().detach(), *x),
-            ),
-            (
-                "right only when beta = 1: beta multiplies the rewards, not the loss",
-                lambda *x: _step(*x, losses=lambda p, r, w, l, beta: _losses(p, r, w, l, 1.0, beta)),
-            ),
-            ("the sum over the pairs: the step grows with the batch; .mean()", lambda *x: _step(*x, reduce=torch.sum)),
-            ("chosen and rejected are swapped", lambda p, r, w, l, *x: _step(p, r, l, w, *x)),
-            (
-                "the loss is reported after the step; report the one whose gradient was used",
-                lambda *x: (_step(*x), _losses(*x[:5]).mean().item())[1],
-            ),
-        ),
-    ),
+    _task(_asked, ("the policy's logits", "question"), "frozen_reference", "def frozen_reference(policy):", (
+        "If the policy moves, who else moves? What does an optimizer change, and what does train() change?",
+        "Three things: its own weights (copy.deepcopy), no gradient in any of them, and eval mode, so that dropout is off.",
+        "reference = copy.deepcopy(policy), then .requires_grad_(False) and .eval() on the copy, never on the policy.",
+    ), _reference, _reference_cases, (
+        ("that is the policy itself: it moves with every step, and the loss stays at log 2", lambda policy: policy.eval()),
+        ("copy.copy is shallow: the copy shares its weights with the policy (copy.deepcopy)",
+         lambda policy: copy.copy(policy).eval()),
+        ("the copy still learns: its parameters need requires_grad_(False)", lambda policy: _reference(policy, grad=True)),
+        ("the copy is in training mode: with dropout on, the first loss is not log 2 (eval)",
+         lambda policy: _reference(policy, train=True)),
+        ("the policy is frozen, too: copy first, then freeze the copy",
+         lambda policy: _reference(policy.requires_grad_(False))),
+        ("the policy is in eval mode now: call eval() on the copy", lambda policy: _reference(policy.eval())),
+        ("a new policy with weights of its own: the reference is a copy of this one",
+         lambda policy: _Policy(torch.zeros_like(policy.logits)).requires_grad_(False).eval()),
+    )),
+    _task(_micro, ("the policy's logits", "rows", "micro_batch_size", "question"), "micro_batched_gradient",
+          "def micro_batched_gradient(policy, losses_of, rows, micro_batch_size):", (
+        "backward() adds to what is in .grad already. Which number does each part have to add?",
+        "The gradient of a mean over N rows is the sum over all rows, divided by N: not by the size of the part.",
+        "policy.zero_grad() once; for part in rows.split(micro_batch_size): (losses_of(policy, part).sum() / len(rows)).backward().",
+    ), _accumulate, _micro_cases, (
+        ("what was in .grad before is still in it: policy.zero_grad() before the first part",
+         lambda *x: _accumulate(*x, clear=None)),
+        ("zero_grad in the loop: only the last part's gradient is left", lambda *x: _accumulate(*x, clear=len(x[2]))),
+        ("a sum of the parts' means: too large by the number of parts", lambda *x: _accumulate(*x, lambda a, *_: a.mean())),
+        ("a mean of the parts' means: right only where all parts are equally long; divide sums by len(rows)",
+         lambda *x: _accumulate(*x, lambda a, rows, size: a.mean() / -(-len(rows) // size))),
+        ("divided by micro_batch_size, also where the last part is shorter",
+         lambda *x: _accumulate(*x, lambda a, rows, size: a.sum() / size / -(-len(rows) // size))),
+        ("the sum, not the mean: it grows with the batch", lambda *x: _accumulate(*x, lambda a, *_: a.sum())),
+        ("the last, shorter part is left out", lambda *x: _accumulate(*x, keep=len(x[2]) // x[3] * x[3])),
+        ("all rows at once: right, and out of memory on a real model",
+         lambda p, f, rows, _: _accumulate(p, f, rows, len(rows))),
+        ("backward comes after the loop, so all graphs are in memory until then: call it on each part",
+         lambda p, f, rows, n: _accumulate(p, lambda p, _: torch.cat([f(p, part) for part in rows.split(n)]), rows, len(rows))),
+    )),
+    _task(_clipped, ("gradients", "max_norm"), "clip_gradients", "def clip_gradients(parameters, max_norm):", (
+        "Think of all gradients as one long arrow. Clipping shortens it and never turns it.",
+        "The length is the root of the sum of all squares. One factor for all: max_norm / norm, and never more than 1.",
+        "norm = sum of squares ** 0.5; factor = min(1, max_norm / norm); each.grad.mul_(factor); return norm, that before clipping.",
+    ), _clip, _clipping_cases, (
+        ("each parameter is clipped by itself, which turns the arrow: one norm of all of them", _clip_each),
+        ("each number is clipped by itself, which turns the arrow: scale, do not clamp", _clip_values),
+        ("a short gradient is made longer: the factor is at most 1", lambda *x: _clip(*x, factor=lambda norm, top: top / norm)),
+        ("the norm after clipping is returned; that before it says when training goes wrong",
+         lambda *x: _clip(*x, returned=min)),
+        ("the square root of the sum of squares is missing", lambda *x: _clip(*x, norm_of=lambda g: g.square().sum())),
+        ("the norms of the parameters are added; their squares add up",
+         lambda *x: _clip(*x, norm_of=lambda g: g.view(-1, 2).norm(dim=1).sum())),
+        ("the largest entry is not the length of the arrow", lambda *x: _clip(*x, norm_of=lambda g: g.abs().max())),
+        ("the gradients are as long as before: scale .grad itself, in place", lambda *x: _clip(*x, factor=lambda *_: 1.0)),
+    )),
+    _task(_steps, ("reference_logps", "chosen of each step", "rejected of each step", "beta"), "dpo_step",
+          "def dpo_step(policy, reference_logps, chosen, rejected, beta, optimizer):", (
+        "Five lines, in an order that matters: clear, forward, backward, step, and what you report.",
+        "policy() gives the log-probability of every response; logps[chosen] are those of this batch. One mean over the pairs.",
+        "optimizer.zero_grad(); loss = -logsigmoid(beta * (...)).mean(); loss.backward(); optimizer.step(); return loss.item().",
+    ), _step, _step_cases, (
+        ("step() comes before backward(): it uses the gradient of the step before, or none",
+         lambda *x: _step(*x, order="step, backward", clear=False)),
+        ("old gradients are not cleared: the second step goes in the sum of both directions",
+         lambda *x: _step(*x, clear=False)),
+        ("nothing moves: optimizer.step() is missing, or zero_grad() comes between backward() and it",
+         lambda *x: _step(*x, order="backward")),
+        ("uphill: the loss is what becomes smaller", lambda *x: _step(*x, sign=-1)),
+        ("the reference is taken from the policy as it is now: the loss is log 2 for ever",
+         lambda p, r, *x: _step(p, p().detach(), *x)),
+        ("right only when beta = 1: beta multiplies the rewards, not the loss",
+         lambda *x: _step(*x, losses=lambda p, r, w, l, beta: _losses(p, r, w, l, 1.0, beta))),
+        ("the sum over the pairs: the step grows with the batch; .mean()", lambda *x: _step(*x, reduce=torch.sum)),
+        ("chosen and rejected are swapped", lambda p, r, w, l, *x: _step(p, r, l, w, *x)),
+        ("the loss is reported after the step; report the one whose gradient was used",
+         lambda *x: (_step(*x), _losses(*x[:5]).mean().item())[1]),
+    )),
 )
