@@ -58,12 +58,12 @@ def hint(task: str) -> None:
 
 
 def progress() -> None:
-    """Prints, for each exercise, which tasks were passed since Python (or the notebook's kernel) was started."""
+    """Prints the tasks of each exercise that you have begun, with a cross at those passed since Python (the kernel) started."""
     exercises: dict[str, list[str]] = {}
     for task in tasks().values():
         exercises.setdefault(task.exercise, []).append(f"[{'x' if task.name in _passed else ' '}] {task.name}")
-    for exercise, names in exercises.items():
-        print(f"{exercise}  " + "  ".join(names))
+    begun = [f"{exercise}  " + "  ".join(names) for exercise, names in exercises.items() if "[x]" in "".join(names)]
+    print("\n".join(begun) or f"no task passed yet; there are {len(tasks())} in {len(exercises)} exercises")
 
 
 def _find(function: str, task: str) -> Task:
