@@ -57,7 +57,9 @@ class Grade:
         return sum(not reason for reason in self.reasons.values())
 
 
-def grade(folder: Path, out: Path, *, jobs: int | None = None, seed: int | None = None, limits: Limits | None = None) -> list[Grade]:
+def grade(
+    folder: Path, out: Path, *, jobs: int | None = None, seed: int | None = None, limits: Limits | None = None
+) -> list[Grade]:
     """Grades every notebook under a folder; writes a table, and a page for each student beside it.
 
     Args:
@@ -73,19 +75,31 @@ def grade(folder: Path, out: Path, *, jobs: int | None = None, seed: int | None 
     if os.name == "nt":
         raise ValueError("grade: expected Linux or macOS, got Windows, which lacks the limits. Grade in WSL or in a container.")
     if not folder.is_dir():
-        raise ValueError(f"grade: expected a folder of notebooks, got {folder}. Pass the folder into which they were handed in.")
-    paths = sorted(path for path in folder.rglob("*.ipynb") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        raise ValueError(
+            f"grade: expected a folder of notebooks, got {folder}. Pass the folder into which they were handed in."
+        )
+    paths = sorted(
+        path for path in folder.rglob("*.ipynb") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not paths:
-        raise ValueError(f"grade: expected .ipynb files in {folder} or below, got none. Pass the folder into which they were handed in.")
+        raise ValueError(
+            f"grade: expected .ipynb files in {folder} or below, got none. Pass the folder into which they were handed in."
+        )
     pages = out.with_suffix("")
     for each in {out, pages}:
         if each.exists():
-            raise ValueError(f"grade: expected a new name for the table, got {each}, which exists. Choose another, or delete it.")
+            raise ValueError(
+                f"grade: expected a new name for the table, got {each}, which exists. Choose another, or delete it."
+            )
     if out.suffix != ".csv":
-        raise ValueError(f"grade: expected --out to end in .csv, got {out}. The pages go into a folder of that name without .csv.")
+        raise ValueError(
+            f"grade: expected --out to end in .csv, got {out}. The pages go into a folder of that name without .csv."
+        )
     seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     jobs = jobs or min(os.cpu_count() or 1, 2)
-    submitted = [(*_names(path, folder), _read(path)) for path in paths]  # all of them first: a notebook could delete the others
+    submitted = [
+        (*_names(path, folder), _read(path)) for path in paths
+    ]  # all of them first: a notebook could delete the others
     print(f"{len(paths)} notebooks, {jobs} at a time; seed {seed} (the same seed, the same table)", flush=True)
     grades = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -173,7 +187,10 @@ def _attempt(row: Grade, folder: Path, log: Any, cells: dict, wanted: dict, spoi
             if at not in spoilt:
                 kind, why = _cell_answer(process.ask("cell", at, source))
                 if kind in ("memory", "output"):
-                    raise Ended(kind, f"it ran out of memory ({why})" if kind == "memory" else f"it printed or wrote without end ({why})")
+                    raise Ended(
+                        kind,
+                        f"it ran out of memory ({why})" if kind == "memory" else f"it printed or wrote without end ({why})",
+                    )
                 if kind:
                     row.errors.append(f"cell {at}: {why}")
                 if kind == "exit":
@@ -185,7 +202,9 @@ def _attempt(row: Grade, folder: Path, log: Any, cells: dict, wanted: dict, spoi
             if name not in row.reasons:
                 at = name
                 if names[name] in defined:
-                    row.reasons[name], row.messages[name] = _check(task, Remote(process, names[name]), f"{seed}/{row.student}/{name}")
+                    row.reasons[name], row.messages[name] = _check(
+                        task, Remote(process, names[name]), f"{seed}/{row.student}/{name}"
+                    )
                 else:
                     row.reasons[name] = row.messages[name] = _missing(row, task, cells, spoilt)
         if replaced:
@@ -222,7 +241,9 @@ def _missing(row: Grade, task: core.Task, cells: dict[int, str], spoilt: dict[in
     number = next((number for number, source in reversed(cells.items()) if _defines(task, source)), None)
     if number is None:
         return f"no cell defines {_function_name(task)}"
-    problem = spoilt.get(number) or next((error for error in row.errors if error.startswith(f"cell {number}:")), "it was not defined")
+    problem = spoilt.get(number) or next(
+        (error for error in row.errors if error.startswith(f"cell {number}:")), "it was not defined"
+    )
     return f"cell {number} defines {_function_name(task)}, but: {problem}"
 
 
@@ -296,7 +317,7 @@ def _write_pages(grades: list[Grade], folder: Path) -> dict[str, str]:
 def _page(title: str, body: str) -> str:
     style = "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{background:#f4f4f4;padding:.6em;white-space:pre-wrap}td,th{padding:.2em 1em .2em 0;text-align:left;vertical-align:top}"
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    return f"<!doctype html><html lang=\"en\"><head>{head}</head><body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n'
 
 
 def _section(grade: Grade) -> str:
@@ -309,4 +330,8 @@ def _section(grade: Grade) -> str:
         parts.append(f"<h3>{'✓' if not reason else '✗'} {html.escape(name)}</h3>\n")
         parts.append(f"<pre>{html.escape(grade.messages.get(name, reason))}</pre>\n" if reason else "")
         parts.append(folded("the cell", grade.sources.get(name, "")))
-    return "".join(parts) + folded("cells that raised an exception", "\n".join(grade.errors)) + folded("what it printed", grade.output)
+    return (
+        "".join(parts)
+        + folded("cells that raised an exception", "\n".join(grade.errors))
+        + folded("what it printed", grade.output)
+    )

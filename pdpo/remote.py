@@ -116,7 +116,7 @@ class Process:
     def _end(self, deadline: float) -> None:
         """Says why no answer came."""
         try:
-            status = self._process.wait(1)  # an end of the connection comes a moment before the end of the process
+            status = self._process.wait(5)  # an end of the connection comes a moment before the end of the process
         except subprocess.TimeoutExpired:
             status = None
         self.close()
@@ -153,7 +153,12 @@ class Remote:
         _Pickler(data, leaves).dump((arguments, named))
         sent = [pack(leaf) for leaf in leaves]
         seed = int(torch.randint(2**31, ()))  # from this side's global generator: seed that, and both sides repeat themselves
-        settings = {"allowed": tuple(self._allowed), "seed": seed, "gradients": torch.is_grad_enabled(), "adapter": self._adapter}
+        settings = {
+            "allowed": tuple(self._allowed),
+            "seed": seed,
+            "gradients": torch.is_grad_enabled(),
+            "adapter": self._adapter,
+        }
         answer = self.process.ask("call", self.__name__, data.getvalue(), sent, settings)
         try:
             self._called.extend(str(each) for each in answer["called"])
@@ -303,7 +308,7 @@ def encode(value: Any, buffers: list[bytes]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor) and str(value.dtype).removeprefix("torch.") in DTYPES and value.layout == torch.strided:
-        flat = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))  # dense, on the CPU
         buffers.append(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         dtype = str(value.dtype).removeprefix("torch.")
         return {"is": "tensor", "dtype": dtype, "shape": list(value.shape), "at": len(buffers) - 1, "grad": value.requires_grad}

@@ -10,7 +10,7 @@ from torch import tensor
 from torch.nn.functional import logsigmoid
 
 from pdpo.exact import TabularPolicy
-from pdpo.exercises.core import Task, compare, fresh, task
+from pdpo.exercises.core import Task, adapted, compare, fresh, task
 
 _OWN = ("Experiment.__call__", "_trained", "TabularPolicy.__init__", "TabularPolicy.forward")
 BUGS = ("moving reference", "other reference", "swapped labels", "inverted beta", "gradients kept")
@@ -154,8 +154,8 @@ def _diagnosis(
 
 def _head_check(function):
     mistakes = [(why, _fitted(each)) for why, each in _HEAD_MISTAKES]
-    allowed, names = ("_fitted.<locals>.run",), ("features", "weight_decay")
-    compare(_fitted(function), _fitted(_head), _head_cases(fresh()), mistakes, names=names, allowed=allowed)
+    allowed, names = ("_fitted.<locals>.run", "_objective"), ("features", "weight_decay")
+    compare(adapted(_fitted, function), _fitted(_head), _head_cases(fresh()), mistakes, names=names, allowed=allowed)
 
 
 # fmt: off

@@ -7,7 +7,7 @@ from torch import tensor
 from torch.nn.functional import logsigmoid
 
 from pdpo.exact import TabularPolicy
-from pdpo.exercises.core import Task, compare, fresh
+from pdpo.exercises.core import Task, adapted, compare, fresh
 
 
 class _Policy(TabularPolicy):
@@ -181,7 +181,7 @@ def _task(adapter, names, name, signature, hints, solution, cases, mistakes):
     wrong = [(why, adapter(each)) for why, each in mistakes]
 
     def check(function):
-        compare(adapter(function), adapter(solution), cases(fresh()), wrong, names=names, allowed=allowed)
+        compare(adapted(adapter, function), adapter(solution), cases(fresh()), wrong, names=names, allowed=allowed)
 
     return Task(name, "ex_06", signature, hints, check, mistakes)
 
