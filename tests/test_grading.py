@@ -7,7 +7,8 @@ import pytest
 from broken_notebooks import CELLS, Handed, hand_in
 
 from pdpo.__main__ import main
-from pdpo.grading import Grade, Limits, _table, grade
+from pdpo.grading import Limits, grade
+from pdpo.grading.report import Grade, table
 
 LIMITS = Limits(seconds=15, megabytes=1024, output=1)
 
@@ -77,7 +78,7 @@ def test_folders_are_students_and_reasons_name_what_is_missing(tmp_path, capsys)
 
 
 def test_a_cell_is_never_a_formula():
-    assert [row[0] for row in _table([Grade("=1+1", "ex_01.ipynb")])] == ["student", "'=1+1"]
+    assert [row[0] for row in table([Grade("=1+1", "ex_01.ipynb")])] == ["student", "'=1+1"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pdpo.exercises import core, tasks
-from pdpo.remote import Ended, Process, Remote
+from pdpo.grading.remote import Ended, Process, Remote
 
 CELL = """
 import os, signal, sys, time

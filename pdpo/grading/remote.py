@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pdpo.grading.wire import Pickler, decode, pack, refill, replace, restore, tensors_of
+
 LARGEST_REPLY = 2**26  # bytes
 FORGED = "it wrote to the grader's connection"
-DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
 class Ended(BaseException):
@@ -57,12 +57,12 @@ class Process:
         kept = {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")}
         environment = kept | {
             "HOME": str(folder), "TMPDIR": str(folder), "PDPO_RUNS_DIR": str(folder / "runs"), "PDPO_FIGURES_DIR": str(folder / "figures"),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)]), "PYTHONHASHSEED": "0",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent.parent), *filter(None, sys.path)]), "PYTHONHASHSEED": "0",
             "PDPO_PRESET": "tiny", "PDPO_WORKERS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
             "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from pdpo.student import serve; serve({limits})"], cwd=folder, env=environment,
+            [sys.executable, "-c", f"from pdpo.grading.student import serve; serve({limits})"], cwd=folder, env=environment,
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),), start_new_session=True,
         )  # fmt: skip
         theirs.close()
@@ -93,7 +93,7 @@ class Process:
         try:
             lengths, answer = json.loads(self._read(_checked(length), deadline))
             buffers = [self._read(each, deadline) for each in lengths if _checked(sum(lengths)) and each >= 0]
-            return _decode(answer, buffers)
+            return decode(answer, buffers)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError):
             self.close()
             raise Ended("forged", FORGED) from None
@@ -150,7 +150,7 @@ class Remote:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         data, leaves = io.BytesIO(), []
-        _Pickler(data, leaves).dump((arguments, named))
+        Pickler(data, leaves).dump((arguments, named))
         sent = [pack(leaf) for leaf in leaves]
         seed = int(torch.randint(2**31, ()))  # from this side's global generator: seed that, and both sides repeat themselves
         settings = {
@@ -163,9 +163,9 @@ class Remote:
         try:
             self._called.extend(str(each) for each in answer["called"])
             for index, value in answer["changed"].items():
-                _restore(leaves[int(index)], value)
+                restore(leaves[int(index)], value)
             for index, value in answer["containers"].items():
-                _refill(arguments[int(index)], value)
+                refill(arguments[int(index)], value)
             for index, value in answer["grads"].items():
                 leaves[int(index)].grad = value
             leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -178,7 +178,7 @@ class Remote:
             raise error
         found = [each for each in tensors_of(value) if each.requires_grad] if leaves else []
         linked = iter(_Linked.apply(self.process, number, len(found), *found, *leaves) if found else ())
-        return _replace(value, lambda each: next(linked) if each.requires_grad and found else each)
+        return replace(value, lambda each: next(linked) if each.requires_grad and found else each)
 
 
 class _Linked(torch.autograd.Function):
@@ -206,86 +206,6 @@ class _Linked(torch.autograd.Function):
         return None, None, None, *[None] * ctx.num_results, *answer
 
 
-class _Pickler(pickle.Pickler):
-    """Keeps what can be changed in place apart, in `leaves`, so that both sides know it by its number."""
-
-    def __init__(self, file: io.BytesIO, leaves: list):
-        super().__init__(file)
-        self._leaves, self._numbers = leaves, {}
-
-    def persistent_id(self, value: Any) -> int | None:
-        if not isinstance(value, Tensor | np.ndarray | torch.Generator):
-            return None
-        if id(value) not in self._numbers:
-            self._numbers[id(value)] = len(self._leaves)
-            self._leaves.append(value)
-        return self._numbers[id(value)]
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads what `_Pickler` wrote, with the other side's leaves."""
-
-    def __init__(self, file: io.BytesIO, leaves: list):
-        super().__init__(file)
-        self.persistent_load = lambda number: leaves[number]
-
-
-def pack(leaf: Any) -> tuple:
-    if isinstance(leaf, Tensor):
-        return "tensor", leaf.detach().clone(), leaf.requires_grad, isinstance(leaf, torch.nn.Parameter)
-    return ("generator", leaf.get_state()) if isinstance(leaf, torch.Generator) else ("array", leaf)
-
-
-def unpack(kind: str, value: Any, requires_grad: bool = False, is_parameter: bool = False) -> Any:
-    if kind == "generator":
-        return torch.Generator().set_state(value)
-    if kind == "tensor":
-        return torch.nn.Parameter(value, requires_grad) if is_parameter else value.requires_grad_(requires_grad)
-    return value
-
-
-def state_of(leaf: Any) -> Any:
-    """A copy of what can change in a leaf."""
-    if isinstance(leaf, torch.Generator):
-        return leaf.get_state()
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf.copy()
-
-
-def _restore(leaf: Any, state: Any) -> None:
-    if isinstance(leaf, torch.Generator):
-        leaf.set_state(state)
-    elif isinstance(leaf, Tensor):
-        if leaf.dtype != state.dtype:
-            raise TypeError
-        if leaf.shape == state.shape:
-            leaf.detach().copy_(state)
-        else:
-            leaf.data = state
-    else:
-        leaf[...] = state
-
-
-def _refill(container: list | dict, items: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, list) else container.update)(items)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a value, in order."""
-    found: list[Tensor] = []
-    _replace(value, lambda each: found.append(each) or each)
-    return found
-
-
-def _replace(value: Any, change: Callable) -> Any:
-    """The same value with `change(tensor)` for every tensor in it, in order."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)([_replace(each, change) for each in value])
-    return {key: _replace(each, change) for key, each in value.items()} if isinstance(value, dict) else value
-
-
 def _exception(name: str, message: str) -> BaseException:
     """The exception that was raised there, if Python has it; else one of that name."""
     kind = getattr(builtins, str(name), None)
@@ -301,41 +221,3 @@ def _checked(length: int) -> int:
     if not 0 < length < LARGEST_REPLY:
         raise ValueError
     return length
-
-
-def encode(value: Any, buffers: list[bytes]) -> Any:
-    """JSON for a value; what is no number, text, tensor, array, list, tuple or dict becomes the name of its type."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor) and str(value.dtype).removeprefix("torch.") in DTYPES and value.layout == torch.strided:
-        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))  # dense, on the CPU
-        buffers.append(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"is": "tensor", "dtype": dtype, "shape": list(value.shape), "at": len(buffers) - 1, "grad": value.requires_grad}
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        buffers.append(np.ascontiguousarray(value).tobytes())
-        scalar = isinstance(value, np.generic)
-        return {"is": "array", "dtype": value.dtype.str, "shape": list(value.shape), "at": len(buffers) - 1, "scalar": scalar}
-    if isinstance(value, list | tuple):
-        return {"is": "list" if isinstance(value, list) else "tuple", "items": [encode(each, buffers) for each in value]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"is": "dict", "items": {key: encode(each, buffers) for key, each in value.items()}}
-    return {"is": "other", "type": type(value).__name__}
-
-
-def _decode(value: Any, buffers: list[bytearray]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    kind = value["is"]
-    if kind == "tensor":
-        dtype, shape, buffer = DTYPES[value["dtype"]], value["shape"], buffers[value["at"]]
-        flat = torch.frombuffer(bytearray(buffer), dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        return flat.reshape(shape).requires_grad_(bool(value["grad"]) and dtype.is_floating_point)
-    if kind == "array":
-        array = np.frombuffer(bytearray(buffers[value["at"]]), dtype=np.dtype(value["dtype"])).reshape(value["shape"])
-        return array[()] if value["scalar"] else array
-    if kind == "dict":
-        return {str(key): _decode(each, buffers) for key, each in value["items"].items()}
-    if kind in ("list", "tuple"):
-        return (list if kind == "list" else tuple)(_decode(each, buffers) for each in value["items"])
-    return type(str(value["type"]), (), {})()  # an object of no use, whose type has the right name
