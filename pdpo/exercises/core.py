@@ -108,6 +108,8 @@ def call(function: Callable, *arguments: Any, like: Any = None, names: Sequence[
             name = names[i] if names else f"argument {i + 1}"
             why = f"{name} is changed in place (x += ..., x[...] = ..., x.sub_(...)): make a new tensor instead"
             raise Wrong("it leaves its inputs as they were", why, given=given, got=f"{name} = {show(after)} afterwards")
+    if isinstance(result, Tensor) and type(result) is not Tensor:
+        raise Wrong("the result has the right form", f"expected a plain tensor, got {type(result).__name__}", given=given)
     if like is not None and (why := _form(result, like)):
         raise Wrong("the result has the right form", why, given=given, expected=like, got=result)
     return result
@@ -131,25 +133,27 @@ def compare(
     Raises:
         Wrong: whatever `call` raises, or a value or a gradient that differs.
     """
-    cases, first, theirs = list(cases), None, []
+    cases, first, mine, right = list(cases), None, [], []
     for property, *arguments in cases:
-        right, given = _outcome(solution, arguments, gradient), _given(names, arguments)
+        right.append(_outcome(solution, arguments, gradient))
+        given = _given(names, arguments)
         try:
             value = call(function, *arguments, names=names, allowed=allowed)
         except Wrong as wrong:
             raise first or wrong from None
-        theirs.append((value, _gradient(function, arguments, gradient, allowed)))
-        if first is None and not (_same(value, right[0]) and _same(theirs[-1][1], right[1])):
-            first = _difference(property, given, theirs[-1], right, [names[i] for i in gradient])
+        mine.append((value, _gradient(function, arguments, gradient, allowed)))
+        if first is None and not _same(mine[-1], right[-1]):
+            first = _difference(property, given, mine[-1], right[-1], [names[i] for i in gradient])
     if first is None:
         return
+    values, true = [value for value, _ in mine], [value for value, _ in right]
+    parts = slice(0, 2 if _same(values, true) else 1)  # gradients tell mistakes apart only where values are right
     for diagnosis, mistake in (*mistakes, *((text, lambda *a, f=change: f(solution(*a))) for text, change in _USUAL)):
-        outcomes = (_outcome(mistake, arguments, gradient) for _, *arguments in cases)
-        if all(_same(mine, wrong) for mine, wrong in zip(theirs, outcomes, strict=True)):
+        wrong = (_outcome(mistake, arguments, gradient if parts.stop == 2 else ()) for _, *arguments in cases)
+        if all(_same(x[parts], y[parts]) for x, y in zip(mine, wrong, strict=True)):
             raise Wrong(first.property, diagnosis, **first.shown)
-    numbers = [value.double().unique() for value, _ in theirs if isinstance(value, Tensor)]
-    if len(numbers) == len(cases) > 1 and len(torch.cat(numbers).unique()) == 1:
-        raise Wrong("it depends on its inputs", "the result is one number, whatever comes in", **first.shown)
+    if why := _pattern(values, true):
+        raise Wrong(first.property, why, **first.shown)
     raise first
 
 
@@ -231,7 +235,7 @@ def _same(a: Any, b: Any, *, exact: bool = False) -> bool:
     """Equal in kind, shape and value; nan equals nan; 2 equals 2.0; no exception equals another."""
     if isinstance(a, int | float) and isinstance(b, int | float) and isinstance(a, bool) == isinstance(b, bool):
         a, b = torch.tensor(float(a)), torch.tensor(float(b))
-    if type(a) is not type(b):
+    if type(a) is not type(b) and not (isinstance(a, list | tuple) and isinstance(b, list | tuple)):
         return False
     if isinstance(a, Tensor):
         if a.shape != b.shape or _kind(a) != _kind(b):
@@ -284,13 +288,22 @@ def _difference(property: str, given: str, got: tuple[Any, Any], right: tuple[An
             else "the values are right; part of the graph is cut or bent"
         )
         return Wrong(f"the gradient, too, is right: {property}", why, **shown)
-    if not isinstance(got[0], Tensor) or not got[0].is_floating_point():
-        return Wrong(property, unknown, **shown)
-    ratio, shift = got[0] / right[0], got[0] - right[0]
-    if not got[0].isfinite().all() and right[0].isfinite().all():
-        unknown = "nan or inf: an exp that overflows, a log of zero, or -inf * 0; stay in log space"
-    elif ratio.numel() > 1 and _same(ratio, ratio.mean().expand(ratio.shape)):
-        unknown = f"every value is {ratio.mean():.4g} times what it should be"
-    elif shift.numel() > 1 and _same(shift, shift.mean().expand(shift.shape)):
-        unknown = f"every value is off by the same {shift.mean():+.4g}"
     return Wrong(property, unknown, **shown)
+
+
+def _pattern(got: list, right: list) -> str:
+    """A cause read from all results together; empty where there is none to be seen."""
+    if not all(isinstance(x, Tensor) and _kind(x) == _kind(y) and x.shape == y.shape for x, y in zip(got, right, strict=True)):
+        return ""
+    mine, true = (
+        torch.cat([x.flatten().double() for x in got]).detach(),
+        torch.cat([y.flatten().double() for y in right]).detach(),
+    )
+    if len(mine) > 1 and (mine == mine[0]).all():
+        return "the result is one number, whatever comes in"
+    if not mine.isfinite().all() and true.isfinite().all():
+        return "nan or inf: an exp that overflows, a log of zero, or -inf * 0; stay in log space"
+    if _same(mine - true, (mine - true).mean().expand(mine.shape)):
+        return f"every value is off by the same {(mine - true).mean():+.4g}"
+    scale = (mine * true).sum() / (true * true).sum()
+    return f"every value is {scale:.4g} times what it should be" if _same(mine, scale * true) else ""

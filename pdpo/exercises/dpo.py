@@ -16,7 +16,13 @@ def _pairs(generator):
     """From one pair with beta 1, where nearly everything is right, to a batch with margins of thousands."""
     yield "one pair, beta = 1", *torch.tensor([[-1.0], [-2.0], [-1.5], [-1.0]]), 1.0
     yield "one pair, beta = 0.5", *torch.tensor([[-1.0], [-2.0], [-1.5], [-1.0]]), 0.5
-    yield "where the policy is the reference, every reward is 0", *torch.tensor([[-3.0, -4.0], [-2.0, -7.0]] * 2), 0.3
+    yield (
+        "where the policy is the reference, every reward is 0",
+        *torch.tensor([[-3.0, -4.0, -5.0], [-2.0, -7.0, -9.0]] * 2),
+        0.3,
+    )
+    several = [[-1.0, -2.0, -9.0], [-0.5, -2.5, -4.0], [-3.0, -1.0, -5.0], [-1.0, -0.5, -3.0]]
+    yield "several pairs, right and wrong ones", *torch.tensor(several), 2.0
     yield "a batch of pairs", *(-10 * torch.rand(4, 6, generator=generator)), 0.05 + torch.rand(1, generator=generator).item()
     yield (
         "it is finite where a pair is very right or very wrong",
@@ -61,6 +67,8 @@ TASKS = (
         ("that is the margin; minus the log-sigmoid of it is the loss", lambda *x: -_margins(*x)),
         ("log(sigmoid(x)) overflows where a pair is very wrong: use logsigmoid(x), or -softplus(-x)",
          lambda *x: -torch.sigmoid(_margins(*x)).log()),
+        ("that is the loss of SFT: what is rejected does not count in it", lambda *x: -x[0]),
+        ("right only when beta = 1: beta multiplies the reference, too", lambda *x: _loss(*x[:2], x[2] / x[4], x[3] / x[4], x[4])),
         ("the pairs were averaged: return one loss a pair", lambda *x: _loss(*x).mean()),
         ("only the chosen response is in the loss", lambda pc, pr, rc, rr, beta: -logsigmoid(beta * (pc - rc))),
     ), gradient=(0, 1)),
@@ -75,6 +83,11 @@ TASKS = (
          lambda *x: _scaled(_gradient(*x), -1)),
         ("the weight is turned round: sigmoid(-margin), not sigmoid(margin); a pair that is wrong must pull more",
          lambda pc, pr, rc, rr, beta: _gradient(pr, pc, rr, rc, beta)),
+        ("right only when beta = 1: beta belongs into the weight's margin, too",
+         lambda *x: _scaled(_gradient(*x[:4], 1.0), x[4])),
+        ("the weight is 1/2 only at the start, where every margin is 0",
+         lambda *x: (torch.full_like(x[0], -x[4] / 2), torch.full_like(x[0], x[4] / 2))),
+        ("the rejected log-probability has a gradient, too", lambda *x: (_gradient(*x)[0], torch.zeros_like(x[0]))),
         ("the weight sigmoid(-margin) is missing", lambda *x: (-x[4] * torch.ones_like(x[0]), x[4] * torch.ones_like(x[0]))),
         ("the rejected response is pushed down: its sign is the other one", lambda *x: (_gradient(*x)[0], _gradient(*x)[0])),
         ("that is the derivative of the sigmoid; the loss is minus its logarithm",
@@ -90,6 +103,10 @@ TASKS = (
         ("right only when beta = 1: a reward is beta times the log-ratio", lambda *x: _rewards(*x[:4], 1.0)),
         ("a tie is not ranked right: an untrained policy would have accuracy 1; use >, not >=",
          lambda *x: (*_rewards(*x)[:2], 1 - _rewards(x[1], x[0], x[3], x[2], x[4])[2])),
+        ("a tie counts as nothing, not as one half",
+         lambda *x: (*_rewards(*x)[:2], (_margins(*x).sign() / 2 + 0.5).mean().item())),
+        ("the accuracy compares the chosen reward with 0; it is about the rejected one's",
+         lambda *x: (*_rewards(*x)[:2], (x[0] > x[2]).float().mean().item())),
         ("the accuracy compares the policy's log-probabilities; it is about the rewards",
          lambda *x: (*_rewards(*x)[:2], (x[0] > x[1]).float().mean().item())),
         ("the rewards have no reference in them", lambda *x: (*_rewards(x[0], x[1], 0.0, 0.0, x[4])[:2], _rewards(*x)[2])),

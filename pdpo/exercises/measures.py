@@ -36,7 +36,7 @@ def _token_cases(generator):
     yield "one position, two tokens", tensor([[[9.0, 9.0]]]).log(), tensor([[[1.0, 3.0]]]).log(), tensor([[True]])
     yield "a sum over the positions", tensor([[[1.0, 2.0], [4.0, 1.0]]]).log(), torch.zeros(1, 2, 2), tensor([[True, True]])
     yield "prompt and padding do not count", p, q, mask
-    yield "certain tokens: no nan", 400 * p, q, mask
+    yield "certain tokens: no nan, and no smallest probability", 400 * p, 400 * q, mask
 
 
 def _unit(*embeddings):
@@ -58,6 +58,7 @@ def _win_cases(generator):
     yield "closer to the chosen response", up, x, y
     yield "closer to the rejected response", up, y, x
     yield "only the direction counts, not the length", up, x, 5 * y
+    yield "close is not a tie", tensor([[1.0, 0.0]] * 2), tensor([[1.0, 0.01], [1.0, 0.03]]), tensor([[1.0, 0.02], [1.0, 0.02]])
     yield "a tie is half a win", up, x, x
     yield "a batch", texts, chosen, rejected
     yield "rounding is not a win: cosines within 1e-6 are a tie", texts, chosen, chosen * (0.1 + rejected.abs())[:, :1]
@@ -87,7 +88,7 @@ def _quantiles(means, low=0.025, high=0.975):
 
 
 def _needed(differences, half_width):
-    return math.ceil(1.96**2 * differences.var().item() / half_width**2)
+    return float(math.ceil(1.96**2 * differences.var().item() / half_width**2))
 
 
 def _needed_cases(generator):
@@ -149,6 +150,7 @@ TASKS = (
         ("a dot product, not a cosine: a long embedding wins by its length", lambda e, w, l: _nearer((e * (w - l)).sum(-1))),
         ("a tie counts as a loss: a policy that copies both would seem bad", lambda *x: _wins(*x, tie=0.0)),
         ("a tie counts as a win: a policy that copies both would seem good", lambda *x: _wins(*x, tie=1.0)),
+        ("a tie is within 1e-6: a wider one takes wins for ties", lambda *x: _wins(*x, within=1e-2)),
         ("cosines must be equal to the last bit here: float32 rounds, so a tie is within 1e-6",
          lambda *x: _wins(*x, within=1e-30)),
         ("chosen and rejected are swapped", lambda e, w, l: _wins(e, l, w)),
@@ -166,6 +168,8 @@ TASKS = (
         ("two intervals subtracted: far too wide, since hard prompts are hard for both; bootstrap the difference",
          lambda a, b, r: (_quantiles(a.mean(1)[r].mean(1))[0] - _quantiles(b.mean(1)[r].mean(1))[1],
                           _quantiles(a.mean(1)[r].mean(1))[1] - _quantiles(b.mean(1)[r].mean(1))[0])),
+        ("the lower ends are subtracted, and the upper ends: bootstrap the difference itself",
+         lambda a, b, r: tuple(x - y for x, y in zip(_quantiles(a.mean(1)[r].mean(1)), _quantiles(b.mean(1)[r].mean(1)), strict=True))),
         ("unpaired: the two policies are given different prompts in one draw",
          lambda a, b, r: _quantiles(a.mean(1)[r].mean(1) - b.mean(1)[r.flip(0)].mean(1))),
         ("samples of one prompt are not independent: average them first, then draw prompts",
@@ -190,6 +194,10 @@ TASKS = (
         ("the pilot's standard error is used, as if it had been one prompt: use its standard deviation",
          _needed_as(lambda s, h, n: math.ceil((1.96 * s / n**0.5 / h) ** 2))),
         ("half_width is taken for the whole width", _needed_as(lambda s, h, n: math.ceil((2 * 1.96 * s / h) ** 2))),
+        ("the pilot is a sample: its standard deviation divides by n - 1, as std() does",
+         lambda d, h: math.ceil((1.96 * d.std(correction=0).item() / h) ** 2)),
+        ("the spread is measured around 0; it is that around the mean",
+         lambda d, h: math.ceil((1.96 * d.square().mean().sqrt().item() / h) ** 2)),
         ("rounded down: one prompt too few", _needed_as(lambda s, h, n: math.floor((1.96 * s / h) ** 2))),
         ("the worst case of a single proportion, whatever the pilot says",
          _needed_as(lambda s, h, n: math.ceil((0.98 / h) ** 2))),

@@ -74,7 +74,7 @@ TASKS = (
          lambda *x: _odpo(*x[:4], x[4].clamp(min=0), x[5])),
         ("the offset multiplies the loss: that weights pairs, and demands nothing", lambda *x: x[4] * _odpo(*x[:4], 0.0, x[5])),
         ("pairs whose margin exceeds the offset cost nothing here: that is a hinge",
-         lambda *x: (x[4] - x[5] * ((x[0] - x[2]) - (x[1] - x[3]))).clamp(min=0)),
+         lambda *x: torch.relu(x[4] - x[5] * ((x[0] - x[2]) - (x[1] - x[3])))),
         ("log(sigmoid(x)) overflows where x is very negative: use logsigmoid(x)", lambda *x: -(-_odpo(*x)).exp().log()),
     ), gradient=(0, 1)),
     task("score_offset", "ex_07", "def score_offset(chosen_scores, rejected_scores, alpha, scale):", (
@@ -82,6 +82,10 @@ TASKS = (
         "Only one of them is not defined everywhere. The rule there: a tie or a flipped pair is given plain DPO's offset.",
         "torch.where(difference > 0, difference, 1.0).log(): the log of 1 is 0, and no nan is ever computed.",
     ), _offset, _offset_cases, (
+        ("nan_to_num makes -3e38 of log 0: choose the difference before the logarithm, not the result after it",
+         lambda *x: _offset(*x, lambda d: d).nan_to_num(0.0)),
+        ("negative offsets are cut off: signed scales keep them, and a difference below 1 asks for less than a win",
+         lambda *x: _offset(*x).clamp(min=0)),
         ("log of 0 or of a negative difference: ties and flipped pairs get 0", lambda *x: _offset(*x, lambda d: d)),
         ("a clamp: log(1e-6) = -13.8 silences the very pairs whose label is wrong; the rule is 0",
          lambda *x: _offset(*x, lambda d: d.clamp(min=1e-6))),

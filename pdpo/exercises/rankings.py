@@ -48,6 +48,7 @@ TASKS = (
         "shifted = scores - scores.max(-1, keepdim=True).values; then shifted minus the log of the sum of its exponentials.",
     ), lambda s: s.log_softmax(-1), _winner_cases, (
         ("exp of large scores overflows: subtract each row's largest score first", lambda s: s - s.exp().sum(-1, True).log()),
+        ("exp of large scores overflows: subtract each row's largest score first", lambda s: (s.exp() / s.exp().sum(-1, True)).log()),
         ("log(softmax(x)): the softmax underflows to 0 before the logarithm is taken", lambda s: s.softmax(-1).log()),
         ("the largest of the batch was subtracted: rows far below it underflow; each row needs its own",
          lambda s: s - s.max() - (s - s.max()).exp().sum(-1, True).log()),

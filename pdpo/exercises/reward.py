@@ -9,50 +9,47 @@ import torch
 from torch import tensor
 from torch.nn.functional import logsigmoid
 
-from pdpo.exact import TabularPolicy
-from pdpo.exercises.core import Task, adapted, compare, fresh, task
+from pdpo.exercises.core import Task, adapted, compare, fresh, show, task
 
-_OWN = ("Experiment.__call__", "_trained", "TabularPolicy.__init__", "TabularPolicy.forward")
 BUGS = ("moving reference", "other reference", "swapped labels", "inverted beta", "gradients kept")
 
 
 @dataclass(frozen=True, repr=False)
 class Experiment:
-    """DPO on 24 responses with endless labels; call it to train. Perhaps with a bug: to read `bug` is no measurement."""
+    """DPO on 24 responses with endless labels; call it to train. Perhaps with a bug: what is not to be read, but measured."""
 
-    bug: str
+    _bug: str
     seed: int
 
     def __repr__(self):
-        return f"an experiment whose bug is {self.bug!r}" if self.bug != "none" else "an experiment without a bug"
+        return f"experiment {self.seed}"
 
     def __call__(self, *, beta):
         """Trains anew, 60 steps of Adam; three (61,) tensors, before the first step and after each: the trainer's own "loss",
         the exact "kl" from the policy at the start, and the expected true "score"."""
-        return dict(zip(("loss", "kl", "score"), _trained(self.bug, self.seed, float(beta)).clone(), strict=True))
+        return dict(zip(("loss", "kl", "score"), _trained(self._bug, self.seed, float(beta)).clone(), strict=True))
 
 
 @cache
 def _trained(bug, seed, beta):
+    """(3, 61): loss, KL and score along the way; the gradient is written out, since it is 61 times that of 24 numbers."""
     generator = torch.Generator().manual_seed(seed)
     start, scores = torch.randn(2, 24, generator=generator)
     start = (start / 2).log_softmax(-1)
-    labels = torch.sigmoid(scores[:, None] - scores)  # (24, 24): how often the row's response is the chosen one
-    labels = (labels.T if bug == "swapped labels" else labels) * (1 - torch.eye(24))
-    policy, rows = TabularPolicy(start), []
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
-    for _ in range(61):
-        logps = policy()
-        reference = {"moving reference": logps.detach(), "other reference": (start + scores / 2).log_softmax(-1)}.get(
-            bug, start
-        )
-        rewards = (1 / beta if bug == "inverted beta" else beta) * (logps - reference)
-        loss = -(labels * logsigmoid(rewards[:, None] - rewards)).sum() / labels.sum()
-        rows.append(torch.stack([loss, (logps.exp() * (logps - start)).sum(), (logps.exp() * scores).sum()]).detach())
-        if bug != "gradients kept":
-            optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    labels = torch.sigmoid(scores[:, None] - scores) * (1 - torch.eye(24))  # how often the row's response is the chosen one
+    labels = (labels.T if bug == "swapped labels" else labels) / labels.sum()
+    strength, trained = 1 / beta if bug == "inverted beta" else beta, (start + scores / 2).log_softmax(-1)
+    logits, rows, gradient, mean, square = start.clone(), [], *torch.zeros(3, 24)
+    for step in range(1, 62):
+        logps = logits.log_softmax(-1)
+        reference = {"moving reference": logps, "other reference": trained}.get(bug, start)
+        margins = strength * ((logps - reference)[:, None] - (logps - reference))
+        loss = -(labels * logsigmoid(margins)).sum()
+        rows.append(torch.stack([loss, (logps.exp() * (logps - start)).sum(), (logps.exp() * scores).sum()]))
+        pull = strength * labels * torch.sigmoid(-margins)
+        gradient = pull.sum(0) - pull.sum(1) + (gradient if bug == "gradients kept" else 0)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2  # Adam
+        logits = logits - 0.1 * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
     return torch.stack(rows).T
 
 
@@ -86,7 +83,9 @@ def _fitted(function):
     def run(features, weight_decay):
         weights = function(features, weight_decay)
         if not isinstance(weights, torch.Tensor) or weights.shape != features.shape[2:]:
-            return weights
+            raise TypeError(
+                f"expected a tensor of shape {tuple(features.shape[2:])}, got {type(weights).__name__} {show(weights)}"
+            )
         right = ((features[:, 0] - features[:, 1]) @ weights > 0).float().mean().item()
         return _objective(features, weights.detach(), weight_decay).item(), right
 
@@ -94,29 +93,29 @@ def _fitted(function):
 
 
 def _head_cases(generator):
-    yield "one pair, one feature", tensor([[[1.0], [0.0]]]), 0.1
     yield "pairs that disagree", tensor([[[1.0], [0.0]], [[2.0], [0.0]], [[0.0], [1.0]]]), 0.01
     quality, features = torch.randn(4, generator=generator), torch.randn(80, 2, 4, generator=generator)
     wins = torch.bernoulli(torch.sigmoid((features[:, 0] - features[:, 1]) @ quality), generator=generator).bool()
     yield "80 noisy pairs", torch.where(wins[:, None, None], features, features.flip(1)) * tensor([1.0, 1.0, 3.0, 0.3]), 0.02
 
 
-def _binned(probabilities, num_bins):
+def _binned(probabilities, num_bins, lowest=0.5):
     """Of each bin with a pair in it: its share of the pairs, mean confidence, share of right orders."""
-    confidence, right = torch.maximum(probabilities, 1 - probabilities), (probabilities > 0.5).float()
-    bins = ((confidence - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
-    inside = torch.stack([bins == i for i in bins.unique()]).float()
+    confidence, right = torch.maximum(probabilities, 1 - probabilities), (probabilities > 0.5).to(probabilities.dtype)
+    bins = ((confidence - lowest) / (1 - lowest) * num_bins).long().clamp(max=num_bins - 1)
+    inside = torch.stack([bins == i for i in bins.unique()]).to(probabilities.dtype)
     return inside.mean(1), inside @ confidence / inside.sum(1), inside @ right / inside.sum(1)
 
 
-def _calibration(probabilities, num_bins):
-    share, confidence, right = _binned(probabilities, num_bins)
+def _calibration(probabilities, num_bins, lowest=0.5):
+    share, confidence, right = _binned(probabilities, num_bins, lowest)
     return (share * (right - confidence).abs()).sum().item()
 
 
 def _calibration_cases(generator):
-    yield "sure and right, sure and wrong", tensor([0.9, 0.1]), 1
-    yield "one bin: half of the orders are right, said with 0.8", tensor([0.8, 0.2, 0.8, 0.2]), 5
+    yield "sure and right, sure and wrong", tensor([0.9, 0.2]), 1
+    yield "one bin: half of the orders are right, said with 0.85", tensor([0.85, 0.15, 0.85, 0.15]), 5
+    yield "neighbouring bins stay apart", tensor([0.65, 0.25, 0.85, 0.42]), 5
     yield "bins count by their pairs", tensor([0.95, 0.95, 0.95, 0.55]), 2
     yield "complete certainty belongs to the last bin", tensor([1.0, 0.0, 0.6]), 4
     yield "errors of opposite sign do not cancel", tensor([0.55, 0.55, 0.55, 0.05, 0.05, 0.95]), 5
@@ -147,9 +146,24 @@ def _diagnosis(
         "moving reference": fall < 1e-3,
         "gradients kept": rebound > 0.05,
         "swapped labels": gain < 0,
-        "inverted beta": ratio > 1,
+        "inverted beta": ratio > 1.1,
     }
     return next((bug for bug in use.split(", ") if found[bug]), "none")
+
+
+def _named(function):
+    def run(train):
+        name = function(train)
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of a bug, got {type(name).__name__}")
+        return name
+
+    return run
+
+
+def _bug_check(function):
+    allowed = ("_named.<locals>.run", "Experiment.__call__", "_trained")
+    compare(_named(function), _diagnosis, _experiments(fresh()), _BUG_MISTAKES, names=("train",), allowed=allowed)
 
 
 def _head_check(function):
@@ -160,7 +174,7 @@ def _head_check(function):
 
 # fmt: off
 _HEAD_MISTAKES = (
-    ("weight_decay is not used: pairs that are all ranked right drive the weights to infinity", lambda x, d: _head(x, 0.0)),
+    ("weight_decay is not used: where all pairs can be ranked right, the weights would grow for ever", lambda x, d: _head(x, 0.0)),
     ("chosen and rejected are swapped: it prefers the rejected response", lambda x, d: -_head(x, d)),
     ("the sum of the losses, not their mean: the decay then counts for nothing", lambda x, d: _head(x, d / len(x))),
     ("the squares are halved: weight_decay * weights.square().sum()", lambda x, d: _head(x, d / 2)),
@@ -173,7 +187,26 @@ _HEAD_MISTAKES = (
 )
 # fmt: on
 
+
 # fmt: off
+_BUG_MISTAKES = (
+    ("a loss that rises again was not noticed, or asked too late: kept gradients spoil the KL ratio, too",
+     lambda t: _diagnosis(t, use="inverted beta, other reference, moving reference, gradients kept, swapped labels")),
+    ("\"none\" is no answer to all: some of these experiments have a bug", lambda t: "none"),
+    ("only the trainer's own loss is read: neither swapped labels nor an inverted beta show in it",
+     lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept")),
+    ("swapped labels were not noticed: they look perfect to the loss; look at the true score",
+     lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, inverted beta")),
+    ("only one beta was tried: an inverted beta shows in the comparison of two",
+     lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, swapped labels")),
+    ("the first loss is not looked at: it must be log 2",
+     lambda t: _diagnosis(t, use="moving reference, gradients kept, swapped labels, inverted beta")),
+    ("a loss that stays at log 2 was not noticed",
+     lambda t: _diagnosis(t, use="other reference, gradients kept, swapped labels, inverted beta")),
+    ("a bug is named where there is none: what would a sound run look like?",
+     lambda t: BUGS[0] if _diagnosis(t) == "none" else _diagnosis(t)),
+)
+
 TASKS = (
     Task("reward_head", "ex_09", "def reward_head(features, weight_decay):", (
         "Features (B, 2, D), chosen first. A score is features @ weights; which (D,) weights make the labels likeliest?",
@@ -191,13 +224,15 @@ TASKS = (
         ("one gap over all pairs: errors of opposite sign cancel; bins first", lambda p, n: _calibration(p, 1)),
         ("without abs() the errors of two bins cancel",
          lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1])).sum().item()),
+        ("each pair by itself: in a bin the mean comes first, then abs()",
+         lambda p, n: (torch.maximum(p, 1 - p) - (p > 0.5).to(p.dtype)).abs().mean().item()),
         ("squared gaps: abs() is asked", lambda *x: (_binned(*x)[0] * (_binned(*x)[2] - _binned(*x)[1]) ** 2).sum().item()),
         ("p itself is taken for the confidence: of a pair with p = 0.1 the other order was predicted, with 0.9",
          lambda p, n: _calibration(p.clamp(min=0.5), n)),
         ("confidence 1 is in no bin: it belongs to the last",
          lambda p, n: _calibration(q, n) * len(q) / len(p) if len(q := p[(p > 0) & (p < 1)]) else 0.0),
         ("bins from 0 to 1: a confidence is at least 1/2, so half of them stay empty",
-         lambda p, n: _calibration(p, -(-n // 2))),
+         lambda p, n: _calibration(p, n, lowest=0.0)),
     )),
     task("symptoms", "ex_09", "def symptoms(train):", (
         "Train twice, with beta 1 and 0.1. Five numbers: first loss, fall, rebound, gain, KL ratio; which needs the second run?",
@@ -205,10 +240,11 @@ TASKS = (
         "loss[0], loss[0] - loss.min(), loss[-1] - loss.min(), score[-1] - score[0], kl[-1] / loose_kl[-1]: each with .item().",
     ), _symptoms, _experiments, (
         ("the KL ratio is turned round: beta 1 over beta 0.1", lambda t: (*_symptoms(t)[:4], 1 / _symptoms(t)[4])),
-        ("all five from beta 0.1: the first four are those of beta 1",
-         lambda t: (*_symptoms(t, high=0.1)[:4], _symptoms(t)[4])),
-        ("the rebound is measured from the first loss; it is the rise after the smallest one",
-         lambda t: (*_symptoms(t)[:2], _symptoms(t)[2] - _symptoms(t)[1], *_symptoms(t)[3:])),
+        ("all five from beta 0.1: the first four are those of beta 1", lambda t: (*_symptoms(t, high=0.1)[:4], _symptoms(t)[4])),
+        ("the two runs are mixed up: the first four numbers, and what the ratio counts from, are beta 1",
+         lambda t: _symptoms(t, high=0.1, low=1.0)),
+        ("the rebound is measured from the largest loss; it is the rise of the last one above the smallest",
+         lambda t: (*_symptoms(t)[:2], (t(beta=1.0)["loss"].max() - t(beta=1.0)["loss"].min()).item(), *_symptoms(t)[3:])),
         ("the fall is measured to the last loss; it is to the smallest one",
          lambda t: (_symptoms(t)[0], _symptoms(t)[1] - _symptoms(t)[2], *_symptoms(t)[2:])),
         ("the first loss is that before the first step, entry 0", lambda t: (_symptoms(t, first=1)[0], *_symptoms(t)[1:])),
@@ -216,23 +252,10 @@ TASKS = (
          lambda t: (*_symptoms(t)[:2], *_symptoms(t, last=-2)[2:4], _symptoms(t)[4])),
         ("the gain has its sign turned round: last score minus first score",
          lambda t: (*_symptoms(t)[:3], -_symptoms(t)[3], _symptoms(t)[4])),
-    ), allowed=_OWN),
-    task("planted_bug", "ex_09", "def planted_bug(train):", (
+    ), allowed=("Experiment.__call__", "_trained")),
+    Task("planted_bug", "ex_09", "def planted_bug(train):", (
         f"One of {', '.join(BUGS)}; or none. For each: which of the five symptoms would look how?",
         "A first loss other than log 2; no fall; a rebound; a score that falls; a KL that grows with beta. Which order of questions?",
         "Ask about the losses first: a run whose gradients are kept, or with another reference, can have any KL ratio.",
-    ), _diagnosis, _experiments, (
-        ("a loss that rises again was not noticed, or asked too late: kept gradients spoil the KL ratio, too",
-         lambda t: _diagnosis(t, use="inverted beta, other reference, moving reference, gradients kept, swapped labels")),
-        ("only the trainer's own loss is read: swapped labels look perfect to it; look at the true score",
-         lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, inverted beta")),
-        ("only one beta was tried: an inverted beta shows in the comparison of two",
-         lambda t: _diagnosis(t, use="other reference, moving reference, gradients kept, swapped labels")),
-        ("the first loss is not looked at: it must be log 2",
-         lambda t: _diagnosis(t, use="moving reference, gradients kept, swapped labels, inverted beta")),
-        ("a loss that stays at log 2 was not noticed",
-         lambda t: _diagnosis(t, use="other reference, gradients kept, swapped labels, inverted beta")),
-        ("a bug is named where there is none: what would a sound run look like?",
-         lambda t: BUGS[0] if _diagnosis(t) == "none" else _diagnosis(t)),
-    ), allowed=_OWN),
+    ), _bug_check, _BUG_MISTAKES),
 )

@@ -21,11 +21,14 @@ def _draw(generator, batch, length, vocabulary):
 
 def _padded(generator):
     """Ids, attention and prompt lengths of six rows, padded left or right; pad and EOS are both token 0."""
-    ids = torch.randint(1, 9, (6, 7), generator=generator)
-    prompt, total, left = tensor([2, 1, 3, 2, 1, 3]), tensor([5, 4, 7, 7, 3, 6])[:, None], tensor([1, 1, 1, 0, 0, 0])[:, None]
+    def lengths(low, high):
+        return torch.randint(low, high + 1, (6, 1), generator=generator)
+
+    ids, prompt, left = torch.randint(1, 9, (6, 7), generator=generator), lengths(1, 3), tensor([[1], [1], [1], [0], [0], [0]])
+    total = prompt + lengths(1, 4)
     column = torch.arange(7) - left * (7 - total)
     attention = (column >= 0) & (column < total)
-    return ids.masked_fill(~attention | (column == total - 1), 0), attention, prompt
+    return ids.masked_fill(~attention | (column == total - 1), 0), attention, prompt.squeeze(1)
 
 
 def _token_cases(generator):

@@ -23,6 +23,8 @@ def _asked(function):
     def run(logits, question):
         policy = _Policy(logits)
         reference = function(policy)
+        if not isinstance(reference, torch.nn.Module):
+            raise TypeError(f"expected a policy, got {type(reference).__name__} (no return?)")
         if question == "does it learn?":
             return any(each.requires_grad for each in reference.parameters())
         if question == "does the policy still learn?":
@@ -64,6 +66,8 @@ def _micro(function):
             return losses
 
         function(policy, losses_of, rows, micro_batch_size)
+        if not sizes:
+            raise TypeError("losses_of was never called: nothing is done, and got NoneType")
         if question == "the gradient":
             return torch.zeros_like(logits) if policy.logits.grad is None else policy.logits.grad
         return max(sizes) if question == "the largest batch" else max(graphs)
@@ -163,14 +167,10 @@ def _losses(policy, reference, w, l, beta, outside=1.0):
     return -outside * logsigmoid(beta * ((logps[w] - reference[w]) - (logps[l] - reference[l])))
 
 
-def _step(
-    policy, reference, w, l, beta, optimizer, losses=_losses, clear=True, order="backward, step", sign=1, reduce=torch.mean
-):
-    if clear:
-        optimizer.zero_grad()
-    loss = reduce(losses(policy, reference, w, l, beta))
+def _step(p, r, w, l, beta, optimizer, losses=_losses, order="zero_grad, backward, step", sign=1, reduce=torch.mean):
+    loss = reduce(losses(p, r, w, l, beta))
     for each in order.split(", "):
-        (optimizer.step if each == "step" else (sign * loss).backward)()
+        (sign * loss).backward() if each == "backward" else getattr(optimizer, each)()
     return loss.item()
 
 
@@ -214,6 +214,8 @@ TASKS = (
         ("what was in .grad before is still in it: policy.zero_grad() before the first part",
          lambda *x: _accumulate(*x, clear=None)),
         ("zero_grad in the loop: only the last part's gradient is left", lambda *x: _accumulate(*x, clear=len(x[2]))),
+        ("nothing is left in .grad: zero_grad() comes before the first part, not after the last",
+         lambda p, *x: (_accumulate(p, *x), p.zero_grad())),
         ("a sum of the parts' means: too large by the number of parts", lambda *x: _accumulate(*x, lambda a, *_: a.mean())),
         ("a mean of the parts' means: right only where all parts are equally long; divide sums by len(rows)",
          lambda *x: _accumulate(*x, lambda a, rows, size: a.mean() / -(-len(rows) // size))),
@@ -249,11 +251,13 @@ TASKS = (
         "optimizer.zero_grad(); loss = -logsigmoid(beta * (...)).mean(); loss.backward(); optimizer.step(); return loss.item().",
     ), _step, _step_cases, (
         ("step() comes before backward(): it uses the gradient of the step before, or none",
-         lambda *x: _step(*x, order="step, backward", clear=False)),
+         lambda *x: (x[5].step(), _step(*x, order="zero_grad, backward"))[1]),
+        ("nothing moves: step() is missing, or zero_grad() comes between backward() and it",
+         lambda *x: _step(*x, order="backward, zero_grad, step")),
         ("old gradients are not cleared: the second step goes in the sum of both directions",
-         lambda *x: _step(*x, clear=False)),
-        ("nothing moves: optimizer.step() is missing, or zero_grad() comes between backward() and it",
-         lambda *x: _step(*x, order="backward")),
+         lambda *x: _step(*x, order="backward, step")),
+        ("two steps on one gradient: step() is called once", lambda *x: _step(*x, order="zero_grad, backward, step, step")),
+        ("the loss has no reference in it", lambda p, r, *x: _step(p, 0 * r, *x)),
         ("uphill: the loss is what becomes smaller", lambda *x: _step(*x, sign=-1)),
         ("the reference is taken from the policy as it is now: the loss is log 2 for ever",
          lambda p, r, *x: _step(p, p().detach(), *x)),
