@@ -163,7 +163,7 @@ def _named(function):
 
 def _bug_check(function):
     allowed = ("_named.<locals>.run", "Experiment.__call__", "_trained")
-    compare(_named(function), _diagnosis, _experiments(fresh()), _BUG_MISTAKES, names=("train",), allowed=allowed)
+    compare(adapted(_named, function), _diagnosis, _experiments(fresh()), _BUG_MISTAKES, names=("train",), allowed=allowed)
 
 
 def _head_check(function):
