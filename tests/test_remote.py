@@ -46,13 +46,14 @@ def far(x): return [[[x]]] , 1j
 """
 
 COPIES = """
+OTHERS = {"reward_head": "_head", "planted_bug": "_diagnosis"}
 import importlib, inspect, pdpo.exercises, pkgutil
 for module in pkgutil.iter_modules(pdpo.exercises.__path__):
     module = importlib.import_module("pdpo.exercises." + module.name)
     copy = dict(vars(module))
     exec(compile(inspect.getsource(module), "<copied>", "exec"), copy)  # the same functions, and not the package's own
     for task in copy.get("TASKS", ()):
-        solution = inspect.getclosurevars(task.check).nonlocals.get("solution") or copy["_head"]
+        solution = inspect.getclosurevars(task.check).nonlocals.get("solution") or copy[OTHERS[task.name]]
         for number, function in enumerate([solution, *(mistake for _, mistake in task.mistakes)]):
             globals()[f"{task.name}_{number}"] = function
 """

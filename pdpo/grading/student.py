@@ -44,6 +44,9 @@ def serve(connection: int, seconds: int, megabytes: int, output: int, user: int 
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
+        for path in (os.__file__, torch.__file__, __file__):
+            if not os.access(path, os.R_OK):  # it could not import what it has not imported yet
+                raise PermissionError(f"user {user} cannot read {path}: install Python and pdpo where all users can read them")
     _say(channel, None)
     while header := channel.read(8):
         request, *arguments = pickle.loads(channel.read(*struct.unpack("!Q", header)))
