@@ -1,4 +1,4 @@
-"""nbval: exercises stop at their first stub and are left out (solutions are not); progress bars write to stderr, which is therefore not compared; figures go to a temporary folder."""
+"""nbval: progress bars write to stderr, which is therefore not compared; figures go to a temporary folder; stubs are left out."""
 
 import atexit
 import os
