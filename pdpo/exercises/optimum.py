@@ -7,12 +7,16 @@ from torch import tensor
 
 from pdpo.exercises.core import task
 
-EVEN, LOG3 = tensor([0.5, 0.5]).log(), math.log(3)
-UNEVEN = tensor([0.25, 0.75]).log()
+LOG3 = math.log(3)
 
 
 def _kl(p, q):
     return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1)
+
+
+def _pairs():
+    """Log-probabilities 1/2, 1/2 and 1/4, 3/4, made when they are needed: in the default precision of that moment."""
+    return tensor([[0.5, 0.5], [0.25, 0.75]]).log()
 
 
 def _draw(generator, count):
@@ -20,30 +24,33 @@ def _draw(generator, count):
 
 
 def _tilted_cases(generator):
-    yield "equal scores leave the reference as it is", UNEVEN, tensor([0.0, 0.0]), 0.5
-    yield "a score of log 3 more makes a response three times as likely", EVEN, tensor([LOG3, 0.0]), 1.0
-    yield "beta divides: at beta = 1/2 the same score counts twice, 9 to 1", EVEN, tensor([LOG3, 0.0]), 0.5
-    yield "the reference counts", UNEVEN, tensor([LOG3, 0.0]), 1.0
-    yield "a constant in the scores: c / beta in log Z, nothing in the policy", UNEVEN, tensor([3.0, 3.0]), 2.0
-    yield "scores of a thousand times beta do not overflow", UNEVEN, tensor([10.0, 9.99]), 0.01
+    even, uneven = _pairs()
+    yield "equal scores leave the reference as it is", uneven, tensor([0.0, 0.0]), 0.5
+    yield "a score of log 3 more makes a response three times as likely", even, tensor([LOG3, 0.0]), 1.0
+    yield "beta divides: at beta = 1/2 the same score counts twice, 9 to 1", even, tensor([LOG3, 0.0]), 0.5
+    yield "the reference counts", uneven, tensor([LOG3, 0.0]), 1.0
+    yield "a constant in the scores: c / beta in log Z, nothing in the policy", uneven, tensor([3.0, 3.0]), 2.0
+    yield "scores of a thousand times beta do not overflow", uneven, tensor([10.0, 9.99]), 0.01
     reference, scores = _draw(generator, 1)
     yield "many responses, small beta", reference, scores, 0.3
     yield "many responses, large beta", reference, scores, 3.0
 
 
 def _kl_cases(generator):
-    yield "a policy is at distance 0 from itself", UNEVEN, UNEVEN.clone()
-    yield "p = (1/2, 1/2) from q = (1/4, 3/4): log(2 / sqrt 3)", EVEN, UNEVEN
-    yield "the two directions differ", UNEVEN, EVEN
-    yield "what p never says adds nothing, though its log is -inf", tensor([0.0, -torch.inf]), EVEN
+    even, uneven = _pairs()
+    yield "a policy is at distance 0 from itself", uneven, uneven.clone()
+    yield "p = (1/2, 1/2) from q = (1/4, 3/4): log(2 / sqrt 3)", even, uneven
+    yield "the two directions differ", uneven, even
+    yield "what p never says adds nothing, though its log is -inf", tensor([0.0, -torch.inf]), even
     p, q = _draw(generator, 1)
     yield "eight responses", p, q.log_softmax(-1)
 
 
 def _score_cases(generator):
-    yield "the reference has the score beta log Z everywhere", EVEN, EVEN.clone(), 1.5, 0.5
-    yield "three times as likely: beta log 3, less what it costs the other", tensor([0.75, 0.25]).log(), EVEN, 0.0, 1.0
-    yield "beta multiplies", tensor([0.75, 0.25]).log(), EVEN, 0.0, 3.0
+    even, _ = _pairs()
+    yield "the reference has the score beta log Z everywhere", even, even.clone(), 1.5, 0.5
+    yield "three times as likely: beta log 3, less what it costs the other", tensor([0.75, 0.25]).log(), even, 0.0, 1.0
+    yield "beta multiplies", tensor([0.75, 0.25]).log(), even, 0.0, 3.0
     policy, reference = _draw(generator, 1)
     yield "back from the optimum to the scores", policy, reference.log_softmax(-1), -0.7, 0.4
 

@@ -21,6 +21,7 @@ def _draw(generator, batch, length, vocabulary):
 
 def _padded(generator):
     """Ids, attention and prompt lengths of six rows, padded left or right; pad and EOS are both token 0."""
+
     def lengths(low, high):
         return torch.randint(low, high + 1, (6, 1), generator=generator)
 
