@@ -146,7 +146,7 @@ def _grade(submitted: tuple[str, str, bytes | str], *, seed: int, limits: Limits
             shutil.rmtree(folder, ignore_errors=True)
         if finished:
             break
-    if -1 in spoilt or -2 in spoilt:  # the fault is likely the installation's: show what it said
+    if -2 in spoilt:  # the fault is likely the installation's: show what it said
         row.remarks.append((text.strip().splitlines() or ["it printed nothing"])[-1][:300])
     row.output = text[:4000] + ("\n[...]" if len(text) > 4000 else "")
     row.remarks = [why if number < 1 else f"cell {number}: {why}" for number, why in sorted(spoilt.items())] + row.remarks
