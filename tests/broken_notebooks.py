@@ -26,7 +26,7 @@ def {name}(*arguments):
 # a cell that goes in after the last task's, the words that tell the notebook apart, and whether the last task is still right
 CELLS = {
     "loops": ("while True:\n    pass", "computed for more than", True),
-    "sleeps": ("import time\ntime.sleep(10**6)", "gave no answer within", True),
+    "sleeps": ("import time\ntime.sleep(10**6)", "waited for more than", True),
     "asks_python_to_exit": ("exit()", "asked Python to exit", True),
     "ends_the_process": ("import os\nos._exit(0)", "ended the process (exit status 0)", True),
     "eats_memory": ("hoard = []\nwhile True:\n    hoard.append(b'1' * 2**24)", "ran out of memory", True),

@@ -43,6 +43,8 @@ def speaks(x):
     return x
 def strange(x): return object()
 def far(x): return [[[x]]] , 1j
+def empty(x): return x[:0]
+def waits(x): time.sleep(10**6)
 """
 
 COPIES = """
@@ -97,6 +99,7 @@ def test_kinds_of_number_come_back(process):
     assert type(scalar) is np.float32 and array.tolist() == [0, 1, 2] and empty.shape == (0, 2)
     assert type(Remote(process, "strange")(1)).__name__ == "object"
     (((x,),),), number = Remote(process, "far")(torch.ones(1))
+    assert Remote(process, "empty")(torch.ones(2, 3)).shape == (0, 3)
     assert x == 1 and type(number).__name__ == "complex"
 
 
@@ -138,7 +141,9 @@ def test_the_packages_own_function_is_seen(process, name, called):
         tasks()["dpo_loss"].check(Remote(process, name))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("leave", "exit"), ("loop", "time"), ("closes", "exit"), ("speaks", "forged")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("leave", "exit"), ("loop", "time"), ("waits", "time"), ("closes", "exit"), ("speaks", "forged")]
+)
 def test_a_function_that_ends_its_process_ends_the_check(short_lived, name, kind):
     with pytest.raises(Ended) as ended:
         core.call(Remote(short_lived, name), torch.ones(1))  # which catches Exception

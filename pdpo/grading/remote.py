@@ -44,7 +44,7 @@ class Process:
     Args:
         folder: where it works; its HOME, too.
         log: an open file for what it prints.
-        seconds: of processor time for each request, and four times as many on the clock.
+        seconds: of processor time for each request; and so many on the clock that it may wait without computing.
         megabytes: of memory beyond what torch takes.
         output: megabytes that it may write to a file, or print.
         user: the number of a user to become, where the caller is root.
@@ -66,17 +66,19 @@ class Process:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),), start_new_session=True,
         )  # fmt: skip
         theirs.close()
-        self._receive(time.monotonic() + 300)  # it has imported torch, and waits
+        self._began = time.monotonic() + 300, 0.0  # to import torch may take long on a busy machine
+        self._receive()  # it has imported torch, and waits
 
     def ask(self, *request: Any) -> Any:
         """The answer to a request; Ended where none comes."""
-        data, deadline = pickle.dumps(request), time.monotonic() + 4 * self.seconds
+        data = pickle.dumps(request)
+        self._began = time.monotonic(), self._computed()
         try:
-            self._socket.settimeout(4 * self.seconds)
+            self._socket.settimeout(20 * self.seconds)
             self._socket.sendall(struct.pack("!Q", len(data)) + data)
         except OSError:
-            self._end(deadline)
-        return self._receive(deadline)
+            self._end()
+        return self._receive()
 
     def close(self) -> None:
         """Kills it and whatever it started."""
@@ -87,34 +89,51 @@ class Process:
         self._process.wait()
         self._socket.close()
 
-    def _receive(self, deadline: float) -> Any:
-        """A length, JSON of that length, and the buffers whose lengths it begins with."""
-        (length,) = struct.unpack("!Q", self._read(8, deadline))
+    def _computed(self) -> float:
+        """Seconds of processor time so far; 0 where the system does not say."""
         try:
-            lengths, answer = json.loads(self._read(_checked(length), deadline))
-            buffers = [self._read(each, deadline) for each in lengths if _checked(sum(lengths)) and each >= 0]
-            return decode(answer, buffers)
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _waits(self) -> bool:
+        """Whether it waits instead of computing. A busy machine may let it compute as little as a twentieth of the time."""
+        began, computed = self._began
+        return time.monotonic() - began > self.seconds + 20 * (self._computed() - computed)
+
+    def _receive(self) -> Any:
+        """A length, JSON of that length, and the buffers whose lengths it begins with."""
+        (length,) = struct.unpack("!Q", self._read(8))
+        try:
+            lengths, answer = json.loads(self._read(length))
+            if not all(0 <= each <= LARGEST_REPLY for each in [*lengths, sum(lengths)]):
+                raise ValueError
+            return decode(answer, [self._read(each) for each in lengths])
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError):
             self.close()
             raise Ended("forged", FORGED) from None
 
-    def _read(self, length: int, deadline: float) -> bytearray:
+    def _read(self, length: int) -> bytearray:
+        if length > LARGEST_REPLY:
+            raise ValueError
         data = bytearray()
         while len(data) < length:
             self._socket.settimeout(1)
             try:
                 piece = self._socket.recv(min(length - len(data), 2**20))
             except TimeoutError:
-                piece = None if self._process.poll() is None and time.monotonic() < deadline else b""
+                piece = None if self._process.poll() is None and not self._waits() else b""
             except OSError:
                 piece = b""
             if piece == b"":
-                self._end(deadline)
+                self._end()
             data += piece or b""
         return data
 
-    def _end(self, deadline: float) -> None:
+    def _end(self) -> None:
         """Says why no answer came."""
+        waits = self._waits()
         try:
             status = self._process.wait(5)  # an end of the connection comes a moment before the end of the process
         except subprocess.TimeoutExpired:
@@ -122,8 +141,8 @@ class Process:
         self.close()
         if status == -signal.SIGXCPU:
             raise Ended("time", f"it computed for more than {self.seconds} seconds")
-        if status is None and time.monotonic() >= deadline:
-            raise Ended("time", f"it gave no answer within {4 * self.seconds} seconds")
+        if status is None and waits:
+            raise Ended("time", f"it waited for more than {self.seconds} seconds")
         by = "closed its connection" if status is None else f"signal {-status}" if status < 0 else f"exit status {status}"
         raise Ended("exit", f"it ended the process ({by})")
 
@@ -215,9 +234,3 @@ def _exception(name: str, message: str) -> BaseException:
         return kind(str(message))
     except TypeError:  # such as UnicodeDecodeError, which wants five arguments
         return type(str(name), (Exception,), {})(str(message))
-
-
-def _checked(length: int) -> int:
-    if not 0 < length < LARGEST_REPLY:
-        raise ValueError
-    return length
