@@ -93,7 +93,11 @@ class Notebook:
     def functions(self, names: list[str]) -> dict[str, Any]:
         """Which of the names are callable, and which of torch's and the exercises' own functions the cells have replaced."""
         after = _functions()
-        replaced = [name for name, function in self._before.items() if after.get(name) is not function]
+        replaced = [
+            name
+            for name, function in self._before.items()
+            if after.get(name) is not function and not _is_libraries(after.get(name))  # torch replaces some of its own
+        ]
         return {"defined": [name for name in names if callable(vars(self._module).get(name))], "replaced": replaced}
 
     def call(self, name: str, data: bytes, sent: list[tuple], settings: dict) -> dict[str, Any]:
@@ -145,6 +149,10 @@ def _kind_and_message(error: BaseException) -> list[str]:
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         return ["output", f"{name}: {text}"]
     return ["exit" if isinstance(error, SystemExit) else "error", f"{name}: {text}".rstrip(": ")]
+
+
+def _is_libraries(function: Callable | None) -> bool:
+    return (getattr(function, "__module__", None) or "").partition(".")[0] in ("torch", "pdpo")
 
 
 def _functions() -> dict[str, Callable]:
