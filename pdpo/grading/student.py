@@ -1,5 +1,7 @@
 """The student's side of grading: executes cells, calls what they defined. Nothing here is trusted; `remote` is the other side."""
 
+import contextlib
+import ctypes
 import errno
 import io
 import json
@@ -9,6 +11,7 @@ import pickle
 import random
 import re
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -47,6 +50,8 @@ def serve(connection: int, seconds: int, megabytes: int, output: int, user: int 
         for path in (os.__file__, torch.__file__, __file__):
             if not os.access(path, os.R_OK):  # it could not import what it has not imported yet
                 raise PermissionError(f"user {user} cannot read {path}: install Python and pdpo where all users can read them")
+    with contextlib.suppress(OSError, AttributeError):  # Linux: end with the grader's process, however that ends
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     _say(channel, None)
     while header := channel.read(8):
         request, *arguments = pickle.loads(channel.read(*struct.unpack("!Q", header)))
