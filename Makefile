@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test lint torture clean
+.PHONY: run test exercises lint torture clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m pdpo run
@@ -13,6 +13,10 @@ test: $(VENV)/.installed
 	PDPO_TEST_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 	@echo "now every notebook, cell by cell, against its stored outputs"
 	PDPO_PRESET=tiny $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval notebooks
+
+# notebooks/exercises (stubs) from notebooks/solutions (what is edited and tested)
+exercises: $(VENV)/.installed
+	$(BIN)/python notebooks/make_exercises.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check pdpo tests notebooks benchmarks

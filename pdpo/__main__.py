@@ -1,4 +1,4 @@
-"""run executes the notebooks; train and sweep train on a preference file; export-trl hands over to TRL; runs lists what is kept."""
+"""run executes the notebooks; train and sweep train on a preference file; export-trl hands over to TRL; runs, grade: see --help."""
 
 import argparse
 import contextlib
@@ -55,12 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
     export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     export.add_argument("--seed", type=int, default=0)
+    grade = commands.add_parser("grade", help="check the functions in a folder of exercise notebooks")
+    grade.add_argument("folder", type=Path, metavar="DIR", help="the notebooks handed in; a sub-folder is a student's")
+    grade.add_argument("--out", type=Path, default=Path("grades.csv"), help="a new CSV file; default: grades.csv")
+    grade.add_argument("--jobs", type=int, help="notebooks at a time; default: one a core, two at most")
+    grade.add_argument("--seed", type=int, help="of the inputs that the checks draw; default: a new one, which is printed")
+    grade.add_argument("--seconds", type=int, default=60, help="of processor time for a cell or a call; default: 60")
+    grade.add_argument("--megabytes", type=int, default=2048, help="of memory beyond what torch takes; default: 2048")
+    grade.add_argument("--user", type=int, help="run the notebooks as the user of this number (only root can)")
     runs = commands.add_parser("runs", help="what is kept in runs/, and whether it is current")
     runs.add_argument("--prune", action="store_true", help="remove what is not current, after a question")
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
-    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl, "runs": _runs}[options.command]
+    command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}
+    command = (command | {"runs": _runs, "grade": _grade})[options.command]
     with contextlib.suppress(ValueError):  # not in the main thread, as in some tests
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -245,6 +254,14 @@ def _export_trl(options: argparse.Namespace) -> int:
     target = export_trl(preset, options.target, beta=options.beta, method=options.method, seed=options.seed)
     print(f"{preset.preference.steps} steps of {preset.preference.batch_size} pairs, for TRL; go on with:")
     print(f"  cd {shlex.quote(str(target))} && trl dpo --config dpo.yaml")
+    return 0
+
+
+def _grade(options: argparse.Namespace) -> int:
+    from pdpo.grading import Limits, grade
+
+    limits = Limits(seconds=options.seconds, megabytes=options.megabytes, user=options.user)
+    grade(options.folder, options.out, jobs=options.jobs, seed=options.seed, limits=limits)
     return 0
 
 

@@ -2,10 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -20,13 +20,7 @@ SCORED_NAMES = ("imdb", "tldr", "tldr-test")  # ODPO's data, whose rows `read_sc
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt and K >= 2 responses, best first.
-
-    Attributes:
-        prompt: the instruction, without a template.
-        responses: K texts, best first, no EOS; no white space around them.
-        scores: K finite numbers, higher is better, or None.
-    """
+    """One prompt (no template) and K >= 2 responses, best first (no EOS); scores: K finite numbers, higher is better, or None."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -37,13 +31,10 @@ class Preference:
             raise ValueError(f"expected at least 2 responses, got {len(self.responses)}. A preference compares responses.")
         for key, text in [("prompt", self.prompt), *(("responses", response) for response in self.responses)]:
             check_text(key, text)
-        if self.scores is not None:
-            if len(self.scores) != len(self.responses):
-                raise ValueError(
-                    f"key 'scores': expected {len(self.responses)} scores, one a response, got {len(self.scores)}."
-                )
-            for score in self.scores:
-                check_score("scores", score)
+        if self.scores is not None and len(self.scores) != len(self.responses):
+            raise ValueError(f"key 'scores': expected {len(self.responses)} scores, one a response, got {len(self.scores)}.")
+        for score in self.scores or ():
+            check_score("scores", score)
 
     @property
     def chosen(self) -> str:
@@ -57,34 +48,26 @@ class Preference:
 
     def _pair(self) -> tuple[str, ...]:
         if len(self.responses) != 2:
-            raise ValueError(
-                f"Preference.chosen: expected K = 2 responses, got {len(self.responses)}. Make pairs first (data.pairs)."
-            )
+            raise ValueError(f"Preference.chosen: expected K = 2 responses, got {len(self.responses)}. Use data.pairs first.")
         return self.responses
 
 
 def load_preferences(path_or_name: str | Path) -> list[Preference]:
-    """The records of a named data set or of a file.
+    """The records of a named data set or of a file: one Preference a row, in the file's order, duplicates kept.
 
-    Args: path_or_name: "toy" (embedded), "instructions", "imdb", "tldr" or "tldr-test" (found in $PDPO_DATA_DIR or the cache,
-        else downloaded; the last three by `read_scored`), or a .json file with a list of objects, or a .jsonl file with an
-        object a line. An object has one of the shapes {prompt, chosen, rejected, [chosen_score, rejected_score]}          TRL's
-        columns (score_chosen too) {prompt, responses, [scores]}                                       best first {instruction,
-        [input], chosen, rejected}                            the `instructions` data set
-    Returns: One Preference a row, in the file's order, duplicates kept; white space around texts stripped.
-    """
-    if str(path_or_name) in SCORED_NAMES:
-        return read_scored(locate(*SOURCES[str(path_or_name)]))[0]
-    if str(path_or_name) == "toy":
+    Named: "toy" (embedded); "instructions", "imdb", "tldr" and "tldr-test", from $PDPO_DATA_DIR or the cache, else downloaded,
+    the last three by `read_scored`. Files: .json with a list of objects or .jsonl with an object a line, each one of
+        {prompt, chosen, rejected, [chosen_score, rejected_score]}    TRL's columns (score_chosen too)
+        {prompt, responses, [scores]}                                 best first
+        {instruction, [input], chosen, rejected}                      the `instructions` data set"""
+    name, path = str(path_or_name), Path(path_or_name)
+    if name == "toy":
         return list(_toy())
-    if str(path_or_name) in SOURCES:
-        return _read(locate(*SOURCES[str(path_or_name)]))
-    path = Path(path_or_name)
-    if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(
-            f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))} or a .json or .jsonl file, got {str(path)!r}."
-        )
-    return _read(path)
+    if name in SOURCES:
+        path = locate(*SOURCES[name])
+    elif path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"load_preferences: expected 'toy', {', '.join(map(repr, SOURCES))}, .json or .jsonl, got {name!r}.")
+    return read_scored(path)[0] if name in SCORED_NAMES else _read(path)
 
 
 @functools.cache
@@ -95,33 +78,30 @@ def _toy() -> tuple[Preference, ...]:
 def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
     """ODPO's scored data: K responses to each prompt, sorted by score, and what was left out on the way.
 
-    In these files most continuations lack the space that would join them to their prompt ("shocking" + "for the time"). Here
-    nothing is joined: the one template puts a line break between prompt and response, and both are stripped, so that a text
-    with the space and one without are the same text.
+    Most continuations there lack the space that would join them to their prompt ("shocking" + "for the time"). The template
+    puts a line break between the two, and both are stripped: a text with the space and one without are the same text.
 
     Args: path: .jsonl with {prompt, text, reward} a line (`imdb`), or .json with {prompt: {responses, rewards}} (`tldr`).
-    Returns: Records in the order of their prompts' first rows, best response first; and counts: empty (responses without text),
-        repeated (rows merged with an equal text of their prompt, which keeps the mean score), alone (prompts left with one
-        response), tied (prompts whose responses all score the same).
-    """
+    Returns: Records in the order of their prompts' first rows; and counts: empty (responses without text), repeated (rows
+        merged with an equal text of their prompt, with the mean score), alone (prompts left with one response), tied (prompts
+        whose responses all score the same)."""
     scores: dict[str, dict[str, list[float]]] = {}
     dropped = dict.fromkeys(("empty", "repeated", "alone", "tied"), 0)
     for where, prompt, text, score in scored_rows(path):
         if not isinstance(prompt, str) or not isinstance(text, str) or not is_finite(score):
-            raise ValueError(
-                f"{path}, {where}: expected two texts and a finite score, got {short((prompt, text, score))}. Mend the row."
-            )
-        of_prompt = scores.setdefault(prompt.strip(), {})
-        dropped["empty"] += not text.strip()
-        dropped["repeated"] += text.strip() in of_prompt
-        if text.strip():
-            of_prompt.setdefault(text.strip(), []).append(score)
+            got = short((prompt, text, score))
+            raise ValueError(f"{path}, {where}: expected two texts and a finite score, got {got}. Mend the row.")
+        of_prompt, text = scores.setdefault(prompt.strip(), {}), text.strip()
+        dropped["empty"] += not text
+        dropped["repeated"] += text in of_prompt
+        if text:
+            of_prompt.setdefault(text, []).append(score)
     records = []
     for prompt, of_prompt in scores.items():
         ranked = sorted(((sum(each) / len(each), text) for text, each in of_prompt.items()), key=lambda item: -item[0])
-        dropped["alone"] += len(ranked) < 2
-        dropped["tied"] += len(ranked) >= 2 and ranked[0][0] == ranked[-1][0]
-        if len(ranked) >= 2 and ranked[0][0] > ranked[-1][0]:
+        if len(ranked) < 2 or ranked[0][0] == ranked[-1][0]:
+            dropped["alone" if len(ranked) < 2 else "tied"] += 1
+        else:
             records.append(Preference(prompt, tuple(text for _, text in ranked), tuple(score for score, _ in ranked)))
     return records, dropped
 
@@ -134,14 +114,9 @@ def identical(record: Preference) -> bool:
 def split(
     records: list[Preference], *, seed: int, fractions: tuple[float, float, float] = (0.85, 0.05, 0.10)
 ) -> tuple[list[Preference], list[Preference], list[Preference]]:
-    """Train, validation and test, grouped by prompt: no prompt is in two parts, and duplicates stay together.
+    """Train, validation and test, these fractions of the prompts: no prompt is in two parts, and duplicates stay together.
 
-    Args:
-        records: any; their order does not matter for which prompt goes where.
-        seed: of the assignment.
-        fractions: of the prompts, in the order train, validation, test; they sum to 1.
-    Returns: Three lists, each in the order of `records`.
-    """
+    Returns: Three lists, each in the order of `records`, which does not matter for which prompt goes where."""
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split: expected three fractions >= 0 that sum to 1, got {fractions}.")
     prompts = sorted({record.prompt.strip() for record in records})
@@ -150,10 +125,7 @@ def split(
     second = first + round(fractions[1] * len(prompts))
     sizes = (first, second - first, len(prompts) - second)
     if any(size < 1 for size, fraction in zip(sizes, fractions, strict=True) if fraction > 0):
-        raise ValueError(
-            f"split: expected enough prompts for three parts, got {len(prompts)} prompts, which fractions {fractions} cut "
-            f"into {sizes}. Add data or change the fractions."
-        )
+        raise ValueError(f"split: expected enough prompts for three parts, got {len(prompts)} prompts: {sizes}. Add data.")
     part_of = {prompt: 0 if i < first else 1 if i < second else 2 for i, prompt in enumerate(prompts)}
     parts: tuple[list, list, list] = ([], [], [])
     for record in records:
@@ -165,62 +137,45 @@ def split(
 def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Preference], list[Preference]]:
     """The split that every stage and notebook uses: train, validation, test of one data set, with the fixed seed 0.
 
-    Records whose responses are all one text are left out (`data_report` counts them in what `load_preferences` gives).
-    """
+    Records whose responses are all one text are left out (`data_report` counts them in what `load_preferences` gives)."""
     loaded = load_preferences(path_or_name)
     records = [record for record in loaded if not identical(record)]
     if not records:
         raise ValueError(f"{path_or_name}: expected rows with different responses, got {len(loaded)} rows of equal ones.")
-    if str(path_or_name) == "toy":
-        return toy.split(records, seed=0)
-    return split(records, seed=0)
+    return (toy.split if str(path_or_name) == "toy" else split)(records, seed=0)
 
 
 def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed: int = 0) -> list[Preference]:
     """K ranked responses -> pairs (K = 2) of a better and a worse one, with their scores.
 
-    Args:
-        records: K >= 2 responses each, best first.
-        num_per_prompt: how many of the K(K-1)/2 pairs, drawn without replacement; None is all of them, each once.
-        seed: of the draw.
+    Args: num_per_prompt: how many of the K(K-1)/2 pairs, drawn without replacement; None is all of them, each once.
     Returns: Pairs in the order of `records`; training shuffles them, so that those of one prompt spread over batches. Left out:
-        pairs of one text twice, which teach nothing, and ties of a ranking with K > 2, whose order is an accident.
-    """
+        pairs of one text twice, which teach nothing, and ties of a ranking with K > 2, whose order is an accident."""
     rng = random.Random(seed)
     made = []
     for record in records:
-        num = len(record.responses)
+        texts, num = record.responses, len(record.responses)
         ranks = record.scores if record.scores is not None and num > 2 else range(num)
-        choices = [
-            (i, j)
-            for i in range(num)
-            for j in range(i + 1, num)
-            if record.responses[i] != record.responses[j] and ranks[i] != ranks[j]
-        ]
+        choices = [(i, j) for i, j in itertools.combinations(range(num), 2) if texts[i] != texts[j] and ranks[i] != ranks[j]]
         if num_per_prompt is not None and num_per_prompt < len(choices):
             choices = sorted(rng.sample(choices, num_per_prompt))
         for i, j in choices:
             scores = None if record.scores is None else (record.scores[i], record.scores[j])
-            made.append(Preference(record.prompt, (record.responses[i], record.responses[j]), scores))
+            made.append(Preference(record.prompt, (texts[i], texts[j]), scores))
     return made
 
 
 def data_report(records: list[Preference], tokenizer, *, max_length: int | None = None, held_out=()) -> dict:
     """Counts of what commonly goes wrong in preference data.
 
-    Args:
-        records: the part to train on.
-        tokenizer: `load_tokenizer(preset)`, for lengths.
-        max_length: tokens a sequence may have; None is the tokenizer's own limit.
-        held_out: records to look for leaks in.
+    Args: max_length: tokens a sequence may have; None is the tokenizer's own limit. held_out: records to look for leaks in.
     Returns: rows, unique_prompts, duplicate_prompts (rows beyond the first of their prompt), identical (all responses one
         text), tied and flipped (score of the first not above, or below, that of the last), truncated (rows whose prompt loses
         tokens), too_long (rows with a response that does not fit: training refuses them), prompt_tokens, best_tokens,
         worst_tokens and length_gap (means; gap = best - worst, in tokens), best_longer (share of rows in which the best
-        response has more tokens than the worst), leaked_prompts (also in held_out).
-    """
+        response has more tokens than the worst), leaked_prompts (also in held_out)."""
     limit = max_length or tokenizer.model_max_length
-    prompts = Counter(record.prompt.strip() for record in records)
+    prompts, held_out_prompts = ({record.prompt.strip() for record in part} for part in (records, held_out))
     best, worst, prompt_lengths, truncated, too_long = [], [], [], 0, 0
     for record in records:
         encoded = [encode(tokenizer, record.prompt, text, max_length=10**9) for text in record.responses]
@@ -231,7 +186,6 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
         too_long += not fits
         truncated += fits and any(len(each.input_ids) > limit for each in encoded)
     scored = [record.scores for record in records if record.scores is not None]
-    held_out_prompts = {record.prompt.strip() for record in held_out}
 
     def mean(values):
         return sum(values) / max(len(values), 1)
@@ -250,7 +204,7 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
         "worst_tokens": round(mean(worst), 1),
         "length_gap": round(mean(best) - mean(worst), 1),
         "best_longer": round(mean([b > w for b, w in zip(best, worst, strict=True)]), 3),
-        "leaked_prompts": len(held_out_prompts & prompts.keys()),
+        "leaked_prompts": len(held_out_prompts & prompts),
     }
 
 
@@ -265,14 +219,9 @@ def _read(path: Path) -> list[Preference]:
     for where, row in read_rows(path):
         try:
             record = Preference(*parse_row(row))
-            if (
-                record.scores is not None
-                and isinstance(row.get("scores"), list)
-                and list(record.scores) != sorted(record.scores)[::-1]
-            ):
-                raise ValueError(
-                    f"key 'scores': expected responses best first, got scores {short(list(record.scores))}. Sort each row by score."
-                )
+            scores = list(record.scores or ())
+            if isinstance(row.get("scores"), list) and scores != sorted(scores)[::-1]:
+                raise ValueError(f"key 'scores': expected responses best first, got {short(scores)}. Sort each row by score.")
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
         records.append(record)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 TEMPLATE = "Instruction: {prompt}\nResponse:\n"
 
@@ -38,15 +39,11 @@ def encode_prompt(tokenizer, prompt: str, *, max_length: int | None = None) -> l
 
 
 def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = None) -> Encoded:
-    """Prompt and response, tokenised jointly, with one EOS at the end.
+    """Prompt and response, white space around them dropped, tokenised jointly by a fast tokenizer, with one EOS at the end.
 
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        prompt, response: texts; white space around them is dropped. Special tokens spelled out in a text stay text.
-        max_length: tokens in all; None is the tokenizer's own limit. What is too much is cut from the left of the prompt.
-    Returns: Encoded. A token across the junction counts as the response's; this template's newline prevents that for GPT-2's.
-    Raises: ValueError: the response, its EOS and one prompt token do not fit into max_length.
-    """
+    Special tokens spelled out in a text stay text. A token across the junction counts as the response's; this template's
+    newline prevents that for GPT-2's. What is beyond max_length (None: the tokenizer's own limit) is cut from the left of the
+    prompt; ValueError where the response, its EOS and one prompt token do not fit."""
     whole = _tokenized(tokenizer, [(prompt, response)])
     return _cut(whole, [response], max_length or tokenizer.model_max_length, len(first_ids(tokenizer)))[0]
 
@@ -69,10 +66,10 @@ def _cut(sequences: list[Encoded], responses, limit: int, num_first: int) -> lis
     """The responses to one prompt in at most `limit` tokens each: one cut for all, so that the loss compares them given one x."""
     for encoded, response in zip(sequences, responses, strict=True):
         if not response_fits(encoded, limit):
+            num = len(encoded.input_ids) - encoded.num_prompt
             raise ValueError(
-                f"encode: expected a response of at most {limit - 1} tokens with its EOS, got "
-                f"{len(encoded.input_ids) - encoded.num_prompt} for {response[:60]!r}. Responses are never cut: shorten it, drop "
-                "the row or raise max_length."
+                f"encode: expected a response of at most {limit - 1} tokens with its EOS, got {num} for {response[:60]!r}. "
+                "Responses are never cut: shorten it, drop the row or raise max_length."
             )
     surplus = max(len(each.input_ids) for each in sequences) - limit
     if surplus <= 0:
@@ -105,13 +102,9 @@ def encode_records(tokenizer, records, *, max_length: int | None = None) -> list
 
 def collate(sequences: list[Encoded], *, pad_id: int = 0, device: torch.device | str = "cpu") -> Batch:
     """Right-pads sequences into one Batch. pad_id fills input_ids only, any will do: both masks come from the lengths."""
-    longest = max(len(each.input_ids) for each in sequences)
-    input_ids = torch.full((len(sequences), longest), pad_id)
-    for row, each in enumerate(sequences):
-        input_ids[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
-    position = torch.arange(longest)
-    lengths = torch.tensor([len(each.input_ids) for each in sequences])[:, None]
-    num_prompt = torch.tensor([each.num_prompt for each in sequences])[:, None]
+    lengths, num_prompt = torch.tensor([(len(ids), num) for ids, num in sequences]).T[..., None]  # (B, 1) each
+    input_ids = pad_sequence([torch.tensor(ids) for ids, _ in sequences], batch_first=True, padding_value=pad_id)
+    position = torch.arange(input_ids.shape[1])
     real = position < lengths  # (B, T)
     batch = Batch(input_ids, real, real & (position >= num_prompt))
     return Batch(*(each.to(device, non_blocking=True) for each in batch))

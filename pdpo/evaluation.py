@@ -21,37 +21,28 @@ class KLEstimates(NamedTuple):
     exact: sum over response positions of the exact KL between the two next-token distributions there. Unbiased, and with
         the smallest variance of the three: only the path is sampled, not the token.
     k1: log policy - log reference of the sampled response. Unbiased; single values can be negative.
-    k3: sum over positions of ratio - 1 - log ratio, ratio = reference / policy at the sampled token. Unbiased, never negative.
-    num_tokens: response tokens of the sample, EOS included.
-    """
+    k3: sum over positions of ratio - 1 - log ratio, ratio = reference / policy at the sampled token. Unbiased, never negative."""
 
     exact: Tensor
     k1: Tensor
     k3: Tensor
-    num_tokens: Tensor
+    num_tokens: Tensor  # of the response, EOS included
 
 
 @torch.no_grad()
 def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 64, precision: str = "float32") -> KLEstimates:
-    """Three estimates of KL(policy || reference) from the policy's own samples.
+    """Three estimates of KL(policy || reference), models with one vocabulary, from the policy's own samples, in their order.
 
-    Args:
-        policy, reference: causal language models with one vocabulary.
-        samples: drawn from `policy` at temperature 1; at another temperature this is not the KL of the policy.
-        batch_size: sequences in memory at a time, twice (both models).
-    Returns: KLEstimates, in the order of `samples`.
-    Source: k1 and k3: Schulman 2020, "Approximating KL divergence"; exact: the chain rule of relative entropy.
-    """
+    Args: samples: drawn from `policy` at temperature 1; at another temperature this is not the KL of the policy.
+    Source: k1 and k3: Schulman 2020, "Approximating KL divergence"; exact: the chain rule of relative entropy."""
     policy.eval(), reference.eval()
     device = next(policy.parameters()).device
     results = torch.zeros(4, len(samples))
     for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
         batch = collate([samples[i].encoded for i in rows], device=device)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
         with autocast(device, precision):
-            p, q = (
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits[:, :-1]
-                for model in (policy, reference)
-            )
+            p, q = (model(**inputs).logits[:, :-1] for model in (policy, reference))
         scored = batch.response_mask[:, 1:]  # (B, T-1)
         p, q = p[scored].float().log_softmax(-1), q[scored].float().log_softmax(-1)  # (S, V): scored positions only
         tokens = batch.input_ids[:, 1:][scored][:, None]  # (S, 1)
@@ -74,40 +65,32 @@ def win_values(judge, texts: list[str], chosen: list[str], rejected: list[str]) 
 def toy_grades(samples: list[Sample]) -> dict[str, np.ndarray]:
     """(N,) arrays score (1 to 10), correct, degenerate and one 0/1 array a tone, for samples of the toy's prompts."""
     grades = [toy.grade(each.prompt, each.text, finished=each.finished) for each in samples]
-    columns = {
-        "score": [grade.score for grade in grades],
-        "correct": [grade.correct for grade in grades],
-        "degenerate": [grade.degenerate for grade in grades],
-    } | {tone: [grade.tone == tone and not grade.degenerate for grade in grades] for tone in toy.TONE_SCORES}
+    columns = {key: [getattr(grade, key) for grade in grades] for key in ("score", "correct", "degenerate")}
+    columns |= {tone: [grade.tone == tone and not grade.degenerate for grade in grades] for tone in toy.TONE_SCORES}
     return {key: np.array(values, dtype=float) for key, values in columns.items()}
 
 
 @torch.no_grad()
 def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
     """(B, K, D) float32, on the CPU: the policy's last hidden state at the end (EOS) of each of K responses of B records."""
-    sequences = [each.input_ids for record in responses for each in record]
+    sequences = [each for record in responses for each in record]
     features = torch.zeros(len(sequences), policy.config.hidden_size)
     device = next(policy.parameters()).device
-    for part in in_batches([len(ids) for ids in sequences], batch_size):
-        lengths = torch.tensor([len(sequences[i]) for i in part])
-        input_ids = torch.zeros(len(part), int(lengths.max()), dtype=torch.long)  # right padding: a causal model ignores it
-        for line, i in enumerate(part):
-            input_ids[line, : lengths[line]] = torch.tensor(sequences[i])
+    for part in in_batches([len(each.input_ids) for each in sequences], batch_size):
+        batch = collate([sequences[i] for i in part], device=device)  # right padding: a causal model ignores it
+        lengths = batch.attention_mask.sum(1).cpu()
         with autocast(device, precision):
-            hidden = policy.base_model(input_ids=input_ids.to(device)).last_hidden_state.float().cpu()
+            hidden = policy.base_model(input_ids=batch.input_ids).last_hidden_state.float().cpu()
         features[part] = hidden[torch.arange(len(part)), lengths - 1]
     return features.view(len(responses), -1, features.shape[1])
 
 
 def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
-    """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss.
+    """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss with L-BFGS.
 
-    Args:
-        features: (B, 2, D), chosen first (`last_hidden`).
-        weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
-        steps: of L-BFGS.
-    Returns: (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none.
-    """
+    Args: features: (B, 2, D), chosen first (`last_hidden`).
+          weight_decay: of the squared weights of standardised features; keeps separable pairs from infinite scores.
+    Returns: (D,) weights: scores are features @ weights. There is no bias: a difference of scores has none."""
     scale = features.flatten(0, 1).std(0).clamp(min=1e-6)
     weights = torch.zeros(features.shape[-1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")

@@ -2,7 +2,8 @@ r"""A lab in which every response is enumerated, so that expectations are sums a
 
 With 4 symbols and length 4 there are 4^4 = 256 responses: the partition function, the optimum and the KL divergence, which
 a language model can only sample, are exact here. Use float64.
-"""
+
+Log-probabilities of policies are (..., N) nats, one for each response, that sum to 1; scores are (..., N), higher is better."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -10,19 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pdpo.losses import _check_beta
+
 
 def optimal_policy_logps(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Tensor:
     r"""Log-probabilities of the policy that maximises `rlhf_objective`.
 
     .. math:: \pi^*(y) = \frac{1}{Z} \pi_\text{ref}(y) \exp\Big(\frac{r(y)}{\beta}\Big)
-
-    Args:
-        reference_logps: (..., N) nats, normalised.
-        scores: (..., N) external scores r; a constant added to a row changes nothing.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns: (..., N) nats, normalised.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4.
-    """
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns: (..., N) nats, normalised. A constant added to a row of scores changes nothing.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4."""
     _check("optimal_policy_logps", reference_logps, scores, beta=beta, normalised=[reference_logps])
     return (reference_logps + scores / beta).log_softmax(-1)
 
@@ -31,14 +29,9 @@ def log_partition(reference_logps: Tensor, scores: Tensor, *, beta: float) -> Te
     r"""Log of the constant that normalises the optimum; beta times it is the largest value of `rlhf_objective`.
 
     .. math:: \log Z = \log \sum_y \pi_\text{ref}(y) \exp\Big(\frac{r(y)}{\beta}\Big)
-
-    Args:
-        reference_logps: (..., N) nats, normalised.
-        scores: (..., N) external scores r.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
     Returns: (...) nats.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4 (the Z(x) in it).
-    """
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4 (the Z(x) in it)."""
     _check("log_partition", reference_logps, scores, beta=beta, normalised=[reference_logps])
     return (reference_logps + scores / beta).logsumexp(-1)
 
@@ -47,12 +40,7 @@ def kl_divergence(p_logps: Tensor, q_logps: Tensor) -> Tensor:
     r"""KL divergence of p from q, by summing over every response.
 
     .. math:: \text{KL}(p \,\|\, q) = \sum_y p(y) \big( \log p(y) - \log q(y) \big)
-
-    Args:
-        p_logps: (..., N) nats, normalised; -inf where p is zero, which adds nothing to the sum.
-        q_logps: (..., N) nats, normalised.
-    Returns: (...) nats, >= 0 up to rounding; inf where p has mass and q has none.
-    """
+    Returns: (...) nats, >= 0 up to rounding. p_logps of -inf add nothing; inf where p has mass and q has none."""
     _check("kl_divergence", p_logps, q_logps, normalised=[p_logps, q_logps])
     log_ratio = (p_logps - q_logps).masked_fill(p_logps == -torch.inf, 0.0)  # 0 log 0 is 0, not nan
     return (p_logps.exp() * log_ratio).sum(-1)
@@ -62,17 +50,10 @@ def rlhf_objective(policy_logps: Tensor, reference_logps: Tensor, scores: Tensor
     r"""What KL-constrained reward maximisation maximises.
 
     .. math:: J(\pi) = \mathbb{E}_{y \sim \pi}[r(y)] - \beta \, \text{KL}(\pi \,\|\, \pi_\text{ref})
-
-    Args:
-        policy_logps: (..., N) nats, normalised; carries the gradient.
-        reference_logps: (..., N) nats, normalised.
-        scores: (..., N) external scores r.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
     Returns: (...) in units of the scores; to be maximised; at most beta * `log_partition`.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 3, for one prompt.
-    """
-    both = [policy_logps, reference_logps]
-    _check("rlhf_objective", policy_logps, reference_logps, scores, beta=beta, normalised=both)
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 3, for one prompt."""
+    _check("rlhf_objective", policy_logps, reference_logps, scores, beta=beta, normalised=[policy_logps, reference_logps])
     return (policy_logps.exp() * scores).sum(-1) - beta * kl_divergence(policy_logps, reference_logps)
 
 
@@ -80,14 +61,9 @@ def implicit_scores(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
     r"""The scores for which this policy is the optimum, up to a constant.
 
     .. math:: \hat r(y) = \beta \log \frac{\pi(y)}{\pi_\text{ref}(y)} = r(y) - \beta \log Z \quad \text{where } \pi = \pi^*
-
-    Args:
-        policy_logps: (..., N) nats; carries the gradient. Any subset of the responses will do.
-        reference_logps: (..., N) nats.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
-    Returns: (..., N) in units of the scores.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 5.
-    """
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns: (..., N) in units of the scores. Any subset of the responses will do, so nothing needs to sum to 1.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 5."""
     _check("implicit_scores", policy_logps, reference_logps, beta=beta)
     return beta * (policy_logps - reference_logps)
 
@@ -96,8 +72,7 @@ def all_responses(num_symbols: int, length: int) -> Tensor:
     """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting."""
     if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
         raise ValueError(
-            f"all_responses: expected num_symbols >= 2, length >= 1 and at most 10,000 responses, got {num_symbols} and "
-            f"{length}. The lab enumerates everything; 4 and 4 give 256 responses."
+            f"all_responses: expected num_symbols >= 2, length >= 1, at most 10,000 responses, got {num_symbols} and {length}. Try 4, 4."
         )
     return torch.cartesian_prod(*[torch.arange(num_symbols)] * length).view(-1, length)
 
@@ -111,10 +86,7 @@ class Lab(NamedTuple):
 
 
 def make_lab(num_symbols: int = 4, length: int = 4, *, seed: int = 0) -> Lab:
-    """A `Lab` with a random reference (standard normal logits) and random scores (standard normal), float64.
-
-    Raises: ValueError: sizes that `all_responses` refuses.
-    """
+    """A `Lab` with a random reference (standard normal logits) and random scores (standard normal), float64."""
     responses = all_responses(num_symbols, length)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(2, len(responses), generator=generator, dtype=torch.float64)
@@ -137,8 +109,7 @@ class SharedWeightPolicy(nn.Module):
     """A tiny autoregressive network: like a language model, it cannot change one response without changing others.
 
     A two-layer perceptron with `width` hidden units reads the symbols so far and predicts the next one; all positions share
-    it. `responses` are all of them (`all_responses`); `seed` draws the weights.
-    """
+    it. `responses` are all of them (`all_responses`); `seed` draws the weights."""
 
     def __init__(self, responses: Tensor, *, width: int = 16, seed: int = 0):
         super().__init__()
@@ -149,12 +120,11 @@ class SharedWeightPolicy(nn.Module):
         self.register_buffer("responses", responses)
         self.register_buffer("prefixes", prefixes.view(num_responses, length, -1))
         generator = torch.Generator().manual_seed(seed)
-        inputs = self.prefixes.shape[-1]
 
         def draw(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
 
-        self.hidden, self.bias = draw(inputs, width), draw(width)
+        self.hidden, self.bias = draw(self.prefixes.shape[-1], width), draw(width)
         self.output = nn.Parameter(draw(width, num_symbols).detach() / width**0.5)
 
     def forward(self) -> Tensor:
@@ -166,11 +136,7 @@ class SharedWeightPolicy(nn.Module):
 def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_steps: int = 500) -> list[float]:
     """Minimises a deterministic scalar loss in place with L-BFGS; returns the loss at every evaluation, first to last.
 
-    Args:
-        loss: called without arguments; a scalar that carries the gradient.
-        parameters: what to change; float64, or the last digits are lost.
-        num_steps: most iterations; it stops earlier where the gradient vanishes.
-    """
+    The parameters should be float64, or the last digits are lost. It stops early where the gradient vanishes."""
     if num_steps < 1:
         raise ValueError(f"minimise: expected num_steps >= 1, got {num_steps}. 500 is enough for the lab's losses.")
     stop = {"max_iter": num_steps, "max_eval": 2 * num_steps, "tolerance_grad": 1e-13, "tolerance_change": 0.0}
@@ -189,20 +155,13 @@ def minimise(loss: Callable[[], Tensor], parameters: Iterable[Tensor], *, num_st
 
 
 def _check(function: str, *tensors: Tensor, beta: float = 1.0, normalised: Iterable[Tensor] = ()) -> None:
-    if not 0 < beta < float("inf"):
-        raise ValueError(
-            f"{function}: expected finite beta > 0, got {beta}. "
-            "beta: KL strength; a larger beta keeps the policy closer to the reference."
-        )
+    _check_beta(function, beta)
     if any(each.ndim == 0 for each in tensors) or len({each.shape[-1] for each in tensors}) > 1:
-        raise ValueError(
-            f"{function}: expected tensors (..., N) over the same N responses, got {[tuple(each.shape) for each in tensors]}. "
-            "Put the responses in the last dimension."
-        )
+        got = [tuple(each.shape) for each in tensors]
+        raise ValueError(f"{function}: expected tensors over the same N responses, got {got}. They go in the last dimension.")
     for logps in normalised:
         worst = logps.detach().logsumexp(-1).abs().max().item()
         if not worst < 1e-3:  # loose enough for float32; logits or raw scores are far off
             raise ValueError(
-                f"{function}: expected log-probabilities that sum to 1, got a log-sum of {worst:.4g}. "
-                "Apply log_softmax over all responses first."
+                f"{function}: expected log-probabilities that sum to 1, got a log-sum of {worst:.4g}. Apply log_softmax over all first."
             )

@@ -8,17 +8,11 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
     r"""Log-probability of each token given the tokens before it.
 
     .. math:: \ell_t = \log \pi(x_{t+1} \mid x_{\le t}), \quad t = 1, \dots, T-1
-
-    Args:
-        logits: (B, T, V) float; logits[:, t] predicts token t + 1. Carries the gradient.
-        input_ids: (B, T) int64.
-    Returns: (B, T-1) float32 nats; column t belongs to token t + 1. The first token has no prediction.
-    """
+    Args: logits, input_ids: (B, T, V) float and (B, T) int64; logits[:, t] predicts token t + 1 and carries the gradient.
+    Returns: (B, T-1) float32 nats; column t belongs to token t + 1. The first token has no prediction."""
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
-        raise ValueError(
-            f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {tuple(logits.shape)} and "
-            f"{tuple(input_ids.shape)}. Pass both unshifted; the shift happens here."
-        )
+        got = f"{tuple(logits.shape)} and {tuple(input_ids.shape)}"
+        raise ValueError(f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {got}. Pass both unshifted.")
     if input_ids.shape[1] < 2:
         raise ValueError(
             f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first token is never predicted."
@@ -36,15 +30,9 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, response_mask: Tensor) -> 
     A sum, not a mean: the DPO derivation needs the probability of the response, and a mean is that of another model
     in which long answers are free.
 
-    Args:
-        logits: (B, T, V) float, unshifted.
-        input_ids: (B, T) int64.
-        response_mask: (B, T) bool; True at the tokens to score. Never derived from the pad id: GPT-2 pads with its EOS.
+    Args: response_mask: (B, T) bool; True at the tokens to score. Never derived from the pad id: GPT-2 pads with its EOS.
     Returns: (B,) float32 nats, <= 0.
-    Raises: ValueError: input_ids that are not (B, T); a mask that is not bool or has another shape, scores a first token, or
-        leaves a row nothing to score.
-    Source: Rafailov 2023, arXiv:2305.18290, Appendix B.
-    """
+    Source: Rafailov 2023, arXiv:2305.18290, Appendix B."""
     check_response_mask(input_ids, response_mask)
     scored = response_mask[:, 1:]  # (B, T-1), aligned with token_logps
     return token_logps(logits, input_ids).masked_fill(~scored, 0.0).sum(1)
@@ -62,12 +50,8 @@ def check_response_mask(input_ids: Tensor, response_mask: Tensor) -> None:
     first = response_mask[:, 0].nonzero().flatten().tolist()
     if first:
         raise ValueError(
-            f"sequence_logps: rows {first} score their first token, which nothing predicts. "
-            "Put at least one prompt token before the response."
+            f"sequence_logps: rows {first} score their first token, which nothing predicts. Put a prompt token before the response."
         )
     empty = (~response_mask.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
-            f"sequence_logps: rows {empty} have no response token to score. "
-            "The prompt probably fills max_length; truncate the prompt or raise max_length."
-        )
+        raise ValueError(f"sequence_logps: rows {empty} have no response token to score. Cut the prompt or raise max_length.")

@@ -3,8 +3,7 @@ r"""The losses, one formula each. Tensors in, (B,) unreduced losses out; the cal
 beta: KL strength; a larger beta keeps the policy closer to the reference.
 
 Where a loss takes the four log-probabilities of pairs, each is (B,) nats, the sum over a response; the policy's carry the
-gradient, the reference's are constants. Shapes that differ and a beta that is not finite and > 0 are a ValueError.
-"""
+gradient, the reference's are constants. Shapes that differ and a beta that is not finite and > 0 are a ValueError."""
 
 from typing import NamedTuple
 
@@ -15,13 +14,9 @@ from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
 
 class PairLoss(NamedTuple):
-    """What a pairwise loss returns; every field is (B,).
+    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached."""
 
-    losses: nats, unreduced; carries the gradient.
-    chosen_rewards, rejected_rewards: implicit rewards beta * (policy_logps - reference_logps), detached.
-    """
-
-    losses: Tensor
+    losses: Tensor  # nats, unreduced; carries the gradient
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
@@ -35,10 +30,8 @@ def sft_loss(policy_logps: Tensor) -> Tensor:
     r"""Negative log-likelihood of each demonstrated response.
 
     .. math:: \mathcal{L}_\text{SFT} = -\log \pi_\theta(y \mid x)
-
     Args: policy_logps: (B,) nats, the sum over response tokens (`sequence_logps`); carries the gradient.
-    Returns: (B,) nats a response. Divide a batch's sum by its number of response tokens for the usual mean per token.
-    """
+    Returns: (B,) nats a response. Divide a batch's sum by its number of response tokens for the usual mean per token."""
     return -policy_logps
 
 
@@ -57,22 +50,16 @@ def dpo_loss(
     .. math:: \mathcal{L} = -(1 - \epsilon) \log \sigma(m - \Delta) - \epsilon \log \sigma(\Delta - m), \qquad
               m = \beta \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
                             - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} \Big)
-
-    Args:
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
-        offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
-        label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
+          offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
+          label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
     Returns: PairLoss. With policy == reference and no offset every loss is log 2.
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
-        label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
-    """
+        label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences"."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("dpo_loss", *logps, beta=beta)  # (B,), (B,)
     if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. "
-            "At 0.5 the labels carry no information; above it they are reversed."
-        )
+        raise ValueError(f"dpo_loss: expected label_smoothing in [0, 0.5), got {label_smoothing}. At 0.5 labels say nothing.")
     losses = -(1 - label_smoothing) * bradley_terry_logps(chosen_rewards, rejected_rewards, offset=offset)
     if label_smoothing:
         losses = losses - label_smoothing * bradley_terry_logps(rejected_rewards, chosen_rewards, offset=-offset)
@@ -82,30 +69,23 @@ def dpo_loss(
 def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float = 1.0, scale: str = "log") -> Tensor:
     r"""The margin that ODPO demands of a pair, from how much better the chosen response scored.
 
-    .. math:: \Delta = \alpha \, f(s_w, s_l), \qquad
-              f = \log(s_w - s_l) \;|\; s_w - s_l \;|\; \log s_w - \log s_l
+    .. math:: \Delta = \alpha \, f(s_w, s_l), \quad f = \log(s_w - s_l) \;|\; s_w - s_l \;|\; \log s_w - \log s_l
 
-    The rule where the logarithm of the difference does not exist: a tie, or a pair labelled against its scores,
-    gets offset 0 under scale "log", which is plain DPO. (A clamp such as log(1e-6) = -13.8 would silence
-    exactly the mislabelled pairs, a leak of the clean scores into the training.) The other two scales are signed and
-    defined for such pairs. A difference below 1 has a negative log offset: less than a correct order is demanded.
+    Where the logarithm of the difference does not exist, a tie or a pair labelled against its scores, scale "log" gives
+    offset 0, plain DPO. (A clamp such as log(1e-6) = -13.8 would silence exactly the mislabelled pairs, a leak of the clean
+    scores into the training.) The other scales are signed and defined there. A difference below 1 has a negative log offset:
+    less than a correct order is demanded.
 
-    Args:
-        chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
-        alpha: strength >= 0; 0 is DPO.
-        scale: "log" (the paper's choice), "identity" or "log_ratio".
+    Args: chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
+          alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
-    Source: Amini 2024, arXiv:2402.10571, Eq. 15. Differs: the rule for ties and flipped pairs is ours.
-    """
+    Source: Amini 2024, arXiv:2402.10571, Eq. 15; the log: Section 6.1; the others: Section 7.1. Differs: Eq. 15 has the same f of
+        the difference only, while "log_ratio" (Section 7.1) takes each score by itself; the rule for ties and flipped pairs is ours."""
     if chosen_scores.shape != rejected_scores.shape:
-        raise ValueError(
-            f"score_offset: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
-            f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
-        )
+        got = f"{tuple(chosen_scores.shape)} and {tuple(rejected_scores.shape)}"
+        raise ValueError(f"score_offset: expected two score tensors of one shape, got {got}. Pass one of each per pair.")
     if not 0 <= alpha < float("inf"):
-        raise ValueError(
-            f"score_offset: expected finite alpha >= 0, got {alpha}. alpha=0 is DPO; a negative one rewards errors."
-        )
+        raise ValueError(f"score_offset: expected finite alpha >= 0, got {alpha}. 0 is DPO; a negative one rewards errors.")
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
     difference = chosen - rejected  # (B,)
     bad = (~difference.isfinite()).nonzero().flatten().tolist()
@@ -118,10 +98,7 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     if scale == "log_ratio":
         negative = ((chosen <= 0) | (rejected <= 0)).nonzero().flatten().tolist()
         if negative:
-            raise ValueError(
-                f"score_offset: scale='log_ratio' expected scores > 0, got rows {negative} with scores <= 0. "
-                "Shift the scores, or use scale='log' or 'identity'."
-            )
+            raise ValueError(f"score_offset: 'log_ratio' expected scores > 0, got rows {negative} with less. Shift the scores.")
         return alpha * (chosen.log() - rejected.log())
     raise ValueError(f"score_offset: expected scale 'log', 'identity' or 'log_ratio', got {scale!r}. Pass one of the three.")
 
@@ -131,19 +108,13 @@ def plackett_luce_loss(policy_logps: Tensor, reference_logps: Tensor, *, beta: f
 
     .. math:: \mathcal{L} = -\sum_{k=1}^{K} \log \frac{\exp \hat r_k}{\sum_{j \ge k} \exp \hat r_j}, \qquad
               \hat r_k = \beta \log \frac{\pi_\theta(y_k|x)}{\pi_\text{ref}(y_k|x)}
-
-    Args:
-        policy_logps: (B, K) nats, best first; sums over each response; carries the gradient.
-        reference_logps: (B, K) nats; constants.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Args: policy_logps, reference_logps: (B, K) nats, best first; sums over each response; the policy's carry the gradient.
+          beta: KL strength; a larger beta keeps the policy closer to the reference.
     Returns: (B,) nats. With policy == reference it is log K!; with K = 2 it is `dpo_loss`.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 20.
-    """
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 20."""
     if policy_logps.ndim != 2 or policy_logps.shape != reference_logps.shape:
-        raise ValueError(
-            f"plackett_luce_loss: expected two (B, K) tensors, got {tuple(policy_logps.shape)} and "
-            f"{tuple(reference_logps.shape)}. Put the K responses of a prompt in one row, best first."
-        )
+        got = f"{tuple(policy_logps.shape)} and {tuple(reference_logps.shape)}"
+        raise ValueError(f"plackett_luce_loss: expected two (B, K) tensors, got {got}. Put K responses in a row, best first.")
     _check_beta("plackett_luce_loss", beta)
     return -plackett_luce_logps(beta * (policy_logps - reference_logps))
 
@@ -152,11 +123,9 @@ def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     r"""Negative log-likelihood of the labels under Bradley-Terry, for training a reward model.
 
     .. math:: \mathcal{L}_R = -\log \sigma\big( r_\phi(x, y_w) - r_\phi(x, y_l) \big)
-
     Args: chosen_scores, rejected_scores: (B,) float; the reward model's outputs; carry the gradient.
     Returns: (B,) nats. Equal scores give log 2; a constant added to both scores of a pair changes nothing.
-    Source: Rafailov 2023, arXiv:2305.18290, Eq. 2.
-    """
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 2."""
     return -bradley_terry_logps(chosen_scores, rejected_scores)
 
 
@@ -172,11 +141,9 @@ def ipo_loss(
 
     .. math:: \mathcal{L}_\text{IPO} = \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
               - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} - \frac{1}{2 \beta} \Big)^2
-
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
     Returns: PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
-    Source: Azar 2023, arXiv:2310.12036, Eq. 17.
-    """
+    Source: Azar 2023, arXiv:2310.12036, Eq. 17."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("ipo_loss", *logps, beta=beta)  # (B,), (B,)
     losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
@@ -192,24 +159,18 @@ def slic_loss(
     beta: float,
     regularization: float,
 ) -> PairLoss:
-    r"""SLiC-HF: a hinge on the pair's log-probabilities themselves, and a pull on a good response; no reference inside.
+    r"""SLiC-HF: a hinge on the pair's own log-probabilities and a pull on a good response; the reference enters only the rewards.
 
     .. math:: \mathcal{L} = \max\Big( 0, \; \tfrac{1}{\beta} - \log \pi_\theta(y_w|x) + \log \pi_\theta(y_l|x) \Big)
               - \lambda \log \pi_\theta(y_w|x)
-
-    Args:
-        reference_chosen_logps, reference_rejected_logps: only the rewards are reported against them.
-        beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
-        regularization: lambda >= 0, how much the likelihood of the chosen response counts.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's margin is delta = 1 / beta.
+          regularization: lambda >= 0, how much the likelihood of the chosen response counts.
     Returns: PairLoss; losses in nats. Pairs ranked right by more than 1 / beta nats have no gradient but that of lambda's term.
-    Source: Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response.
-    """
+    Source: Zhao 2023, arXiv:2305.10425, Eq. 1. Differs: delta is written 1 / beta, and y_ref is the chosen response."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = _rewards("slic_loss", *logps, beta=beta)  # (B,), (B,)
     if not regularization >= 0:
-        raise ValueError(
-            f"slic_loss: expected regularization >= 0, got {regularization}. A negative one unlearns good responses."
-        )
+        raise ValueError(f"slic_loss: expected regularization >= 0, got {regularization}. Below 0 it unlearns good responses.")
     losses = (1 / beta - policy_chosen_logps + policy_rejected_logps).clamp(min=0) - regularization * policy_chosen_logps
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
@@ -219,46 +180,31 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
 
     .. math:: \mathcal{L} = -\min\big( \rho A, \; \text{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A \big), \qquad
               \rho = \frac{\pi_\theta(y|x)}{\pi_\text{old}(y|x)}
-
-    Args:
-        policy_logps: (...) nats, of tokens or of whole responses; carries the gradient.
-        old_logps: (...) nats, under the policy that drew the samples; constants.
-        advantages: (...) how much better than expected each sample was; constants.
-        clip: epsilon, > 0; 0.2 in the paper.
+    Args: policy_logps, old_logps: (...) nats, of tokens or whole responses; the old ones, of the policy that drew them, are constants.
+          advantages: (...) how much better than expected each sample was; constants. clip: epsilon, > 0; 0.2 in the paper.
     Returns: (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
-    Source: Schulman 2017, arXiv:1707.06347, Eq. 7.
-    """
+    Source: Schulman 2017, arXiv:1707.06347, Eq. 7."""
     if not policy_logps.shape == old_logps.shape == advantages.shape:
-        raise ValueError(
-            f"ppo_loss: expected three tensors of one shape, got {tuple(policy_logps.shape)}, {tuple(old_logps.shape)} and "
-            f"{tuple(advantages.shape)}. Pass one log-probability and one advantage per sample."
-        )
+        got = ", ".join(str(tuple(each.shape)) for each in (policy_logps, old_logps, advantages))
+        raise ValueError(f"ppo_loss: expected three tensors of one shape, got {got}. Pass one of each per sample.")
     if not clip > 0:
         raise ValueError(f"ppo_loss: expected clip > 0, got {clip}. At 0 nothing may move; the paper uses 0.2.")
-    ratio = (policy_logps - old_logps.detach()).exp()
-    advantages = advantages.detach()
+    ratio, advantages = (policy_logps - old_logps.detach()).exp(), advantages.detach()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
     r"""Generalised advantage estimates for responses that end: the value after the last token is 0.
 
-    .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \qquad
-              \delta_t = r_t + \gamma V_{t+1} - V_t
-
-    Args:
-        rewards: (B, T) reward of each token; zeros after the end of a shorter response.
-        values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
-        gamma: discount in [0, 1]; 1 is usual for text.
-        lam: in [0, 1]; 0 trusts the values (biased), 1 trusts the samples (variance).
+    .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t
+    Args: rewards: (B, T) reward of each token; zeros after the end of a shorter response.
+          values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
+          gamma, lam: in [0, 1]. A discount of 1 is usual for text; lam 0 trusts the values (biased), 1 the samples (variance).
     Returns: (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
-    Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end.
-    """
+    Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end."""
     if rewards.ndim != 2 or rewards.shape != values.shape:
-        raise ValueError(
-            f"gae: expected rewards and values of one shape (B, T), got {tuple(rewards.shape)} and {tuple(values.shape)}. "
-            "Pass one reward and one value per token."
-        )
+        got = f"{tuple(rewards.shape)} and {tuple(values.shape)}"
+        raise ValueError(f"gae: expected rewards and values of one shape (B, T), got {got}. Pass one of each per token.")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: expected gamma and lam in [0, 1], got {gamma} and {lam}. gamma=1, lam=0.95 is usual.")
     rewards, values = rewards.detach(), values.detach()
@@ -274,18 +220,15 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
 def _check_beta(function: str, beta: float) -> None:
     if not 0 < beta < float("inf"):
         raise ValueError(
-            f"{function}: expected finite beta > 0, got {beta}. "
-            "beta: KL strength; a larger beta keeps the policy closer to the reference."
+            f"{function}: expected finite beta > 0, got {beta}. beta: KL strength; a larger beta keeps the policy closer to the reference."
         )
 
 
 def _rewards(function: str, *logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all five."""
     if logps[0].ndim != 1 or any(each.shape != logps[0].shape for each in logps):
-        raise ValueError(
-            f"{function}: expected four (B,) tensors, got {[tuple(each.shape) for each in logps]}. "
-            "Sum the token log-probabilities of each response first (sequence_logps)."
-        )
+        got = [tuple(each.shape) for each in logps]
+        raise ValueError(f"{function}: expected four (B,) tensors, got {got}. Sum the token log-probabilities first.")
     _check_beta(function, beta)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = logps
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)

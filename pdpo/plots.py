@@ -1,5 +1,10 @@
-"""Figures: the only module that imports matplotlib. Each is saved as PNG beside the CSV of the rows it was drawn from."""
+"""Figures: the only module that imports matplotlib. Each is saved as PNG beside the CSV of the rows it was drawn from.
 
+What draws a whole figure takes its claim as the title and returns the figure and its rows, one dict a drawn point."""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,36 +24,22 @@ STYLES = [
     {"color": "#7f6000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
     {"color": "#444444", "linestyle": (0, (1, 3)), "marker": "x"},
 ]
-plt.rcParams.update(
-    {
-        "figure.figsize": (7.0, 4.2),
-        "figure.dpi": 110,
-        "savefig.dpi": 150,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "lines.markersize": 5,
-        "legend.frameon": False,
-    }
-)
+plt.rc("figure", figsize=(7.0, 4.2), dpi=110, **{"constrained_layout.use": True})
+plt.rc("savefig", dpi=150)
+plt.rc("axes", titlesize=11, **{"spines.top": False, "spines.right": False})
+plt.rc("lines", markersize=5)
+plt.rc("legend", frameon=False)
 
 
 def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dict | None = None) -> Path:
     """Writes the figure as `path`.png, its rows as `path`.csv and info as `path`.run_info.json, through temporary files.
 
-    Args:
-        figure: what was drawn.
-        path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
-        rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
-        info: what the rows were made with, `experiments.run_info`; None for what no run went into.
-    Returns: The PNG's path.
-    """
+    Args: path: without suffix, under `figures_dir()` unless absolute, for example "derivations/02_choice_probabilities".
+          rows: one dict a drawn point (or bar, or bin), all with the same keys; numbers unrounded.
+          info: what the rows were made with, `experiments.run_info`; None for what no run went into.
+    Returns: The PNG's path."""
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(
-            f"save_figure: expected at least one row, all with the same keys, got {len(rows)} rows for {path}. "
-            "Pass the values that were drawn."
-        )
+        raise ValueError(f"save_figure: expected rows, all with the same keys, got {len(rows)} for {path}. Pass what is drawn.")
     target = figures_dir() / path
     with replacing(target.with_name(target.name + ".csv")) as temporary:
         write_csv(temporary, rows)
@@ -64,6 +55,29 @@ def figures_dir() -> Path:
     return checkout_folder("figures", "PDPO_FIGURES_DIR")
 
 
+def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
+    """A slider that redraws a figure; a figure at `start` where ipywidgets is missing or PDPO_STATIC is set.
+
+    Args:
+        draw: called with one value; makes a figure with `plt.subplots`.
+        values: the slider's positions, in order; what `draw` is called with.
+        start: the first position, one of values.
+        label: the slider's name, with its unit.
+    Raises:
+        ValueError: start is not one of values.
+    """
+    if start not in values:
+        raise ValueError(f"slider: expected start to be one of the values, got {start!r}. Pass one of {list(values)}.")
+    if os.environ.get("PDPO_STATIC") or find_spec("ipywidgets") is None:
+        draw(start)
+        return
+    import ipywidgets  # an optional extra: everything else works without
+
+    style = {"description_width": "initial"}
+    control = ipywidgets.SelectionSlider(options=list(values), value=start, description=label, style=style)
+    ipywidgets.interact(lambda value: draw(value), value=control)
+
+
 def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
     """A line through the mean over seeds and a band over their range; values_by_seed is (num_seeds, len(x))."""
     values = np.asarray(values_by_seed, dtype=float)
@@ -73,13 +87,7 @@ def band(axes: Axes, x, values_by_seed, *, style: int, label: str) -> None:
 
 
 def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
-    """Loss per token on training batches and on held-out prompts against optimizer steps, a band over seeds.
-
-    Args:
-        runs: `experiments.Run`s of SFT, one a seed.
-        title: the figure's claim.
-    Returns: The figure and its rows.
-    """
+    """Loss per token of SFT `experiments.Run`s, one a seed: training batches and held-out prompts against optimizer steps."""
     keys = {"training batch": "loss", "held-out prompts": "eval_loss"}
     rows = [
         {"seed": run.seed, "step": row["step"], "part": part, "loss": row[key]}
@@ -103,16 +111,10 @@ def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
 
 
 def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
-    """Held-out loss and KL per epoch, a column a method, a line a beta, a band over seeds (the report's Fig. 3).
-
-    Args:
-        runs: `experiments.Run`s of preference training.
-        title: the figure's claim.
-    Returns: The figure and its rows.
-    """
+    """Held-out loss and KL of preference `experiments.Run`s per epoch: a column a method, a line a beta (the report's Fig. 3)."""
     rows = [
-        {"method": run.method, "beta": run.beta, "seed": run.seed, "epoch": row["epoch"]}
-        | {"eval_loss": row["eval_loss"], "eval_kl": row["eval_kl"]}
+        {"method": run.method, "beta": run.beta, "seed": run.seed}
+        | {key: row[key] for key in ("epoch", "eval_loss", "eval_kl")}
         for run in runs
         for row in run.history
         if "eval_kl" in row
@@ -124,8 +126,7 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
             mine = [row for row in rows if row["method"] == method and row["beta"] == beta]
             epochs = sorted({row["epoch"] for row in mine})
             for line, key in enumerate(("eval_loss", "eval_kl")):
-                values = by_seed(mine, key)
-                band(grid[line, column], epochs, values, style=style, label=f"beta {beta:g}")
+                band(grid[line, column], epochs, by_seed(mine, key), style=style, label=f"beta {beta:g}")
         grid[0, column].set_title(method.upper())
         grid[1, column].set_xlabel("epoch")
     grid[0, 0].set_ylabel("held-out loss (nats a pair)")
@@ -135,10 +136,52 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     return figure, rows
 
 
+ROAD = [
+    ("data", "prompts with\nranked responses", "notebooks 00, 14"),
+    ("SFT", "imitate\nthe responses", "notebook 06"),
+    ("pairs", "chosen, rejected;\na model of choices", "notebooks 01, 02"),
+    ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03 to 05, 07"),
+    ("samples", "ask the policies\nnew prompts", "notebook 08"),
+    ("measures", "wins, score, KL,\nwith intervals", "notebooks 08, 09"),
+]
+
+
+def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
+    """The way from data to measures as boxes, with the notebooks that cover each; the figure and its rows.
+
+    Args:
+        title: the figure's claim.
+    """
+    figure, axes = plt.subplots(figsize=(11.0, 2.6))
+    for x, (name, what, notebooks) in enumerate(ROAD):
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": STYLES[0]["color"], "linewidth": 1.5}
+        axes.text(x, 1.0, name, ha="center", va="center", fontsize=11, fontweight="bold", bbox=box)
+        axes.text(x, 0.55, what, ha="center", va="center", fontsize=8.5)
+        axes.text(x, 0.15, notebooks, ha="center", va="center", fontsize=8.5, color=STYLES[1]["color"])
+        if x > 0:
+            axes.annotate(
+                "", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5}
+            )
+    axes.set(xlim=(-0.6, len(ROAD) - 0.4), ylim=(0.0, 1.3), title=title)
+    axes.axis("off")
+    return figure, [{"step": name, "what": what.replace("\n", " "), "notebooks": notebooks} for name, what, notebooks in ROAD]
+
+
 def by_seed(rows: list[dict], key: str) -> list[list[float]]:
     """rows[key] as one list a seed, each in the order of the rows."""
     seeds = dict.fromkeys(row["seed"] for row in rows)
     return [[row[key] for row in rows if row["seed"] == seed] for seed in seeds]
+
+
+def columns(rows: list[dict], *keys: str) -> list[list[float]]:
+    """rows[key] for each key, in the order of the rows."""
+    return [[row[key] for row in rows] for key in keys]
+
+
+def interval(rows: list[dict], key: str) -> np.ndarray:
+    """(2, num_rows): how far the interval of rows[key] reaches down and up, as matplotlib's errorbar takes it."""
+    values, low, high = np.array(columns(rows, key, f"{key}_low", f"{key}_high"))
+    return np.abs(np.stack([low, high]) - values)
 
 
 def lines_with_intervals(
@@ -146,15 +189,8 @@ def lines_with_intervals(
 ) -> tuple[Figure, list[dict]]:
     """One panel a measure, one line a method, with its 95 % intervals.
 
-    Args:
-        panels: (key, y label) of each panel; each row has key, key_low and key_high for it.
-        rows: one dict a point, with "method" and the value of x.
-        x: the key of the horizontal axis; a method whose rows have None there is drawn as a level with its interval.
-        xlabel: its label.
-        title: the figure's claim.
-        log_x: a logarithmic horizontal axis.
-    Returns: The figure and its rows.
-    """
+    Args: panels: (key, y label) of each panel; rows: "method", the value of x, and of each panel key, key_low and key_high.
+          x: the key of the horizontal axis; a method whose rows have None there is drawn as a level with its interval."""
     figure, grid = plt.subplots(1, len(panels), figsize=(4.9 * len(panels), 4.2), squeeze=False)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (key, ylabel) in zip(grid[0], panels, strict=True):
@@ -165,9 +201,7 @@ def lines_with_intervals(
                 axes.axhline(mine[0][key], color=look["color"], linestyle=look["linestyle"], label=method)
                 axes.axhspan(mine[0][f"{key}_low"], mine[0][f"{key}_high"], color=look["color"], alpha=0.12, linewidth=0)
                 continue
-            values, low, high = ([row[name] for row in mine] for name in (key, f"{key}_low", f"{key}_high"))
-            error = [[v - l for v, l in zip(values, low, strict=True)], [h - v for v, h in zip(values, high, strict=True)]]
-            axes.errorbar([row[x] for row in mine], values, yerr=error, capsize=3, label=method, **look)
+            axes.errorbar(*columns(mine, x, key), yerr=interval(mine, key), capsize=3, label=method, **look)
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
         if log_x:
             ticks = sorted({row[x] for row in rows if row[x] is not None})
@@ -181,27 +215,17 @@ def lines_with_intervals(
 def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figure, list[dict]]:
     """Score against KL, a line a method through its betas, with 95 % intervals in both directions.
 
-    Args:
-        rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point.
-        ylabel: what the score is.
-        title: the figure's claim.
-    Returns: The figure and its rows.
-    """
+    Args: rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point. ylabel: what the score is."""
     figure, axes = plt.subplots(figsize=(7.0, 4.8))
     for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
-        kl, score = ([row[key] for row in mine] for key in ("kl", "score"))
-        error = [
-            np.abs([[row[f"{key}_{end}"] - row[key] for row in mine] for end in ("low", "high")]) for key in ("kl", "score")
-        ]
         look = STYLES[style % len(STYLES)]
-        axes.errorbar(kl, score, xerr=error[0], yerr=error[1], elinewidth=0.7, capsize=2, label=method, **look)
+        errors = {"xerr": interval(mine, "kl"), "yerr": interval(mine, "score")}
+        axes.errorbar(*columns(mine, "kl", "score"), **errors, elinewidth=0.7, capsize=2, label=method, **look)
+        beside = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": look["color"]}
         for row in mine:
             if row["beta"] is not None:
-                text = f"{row['beta']:g}"
-                axes.annotate(
-                    text, (row["kl"], row["score"]), (4, 4), textcoords="offset points", fontsize=7, color=look["color"]
-                )
+                axes.annotate(f"{row['beta']:g}", (row["kl"], row["score"]), **beside)
     axes.set(xlabel="KL(policy || reference) (nats a response)", ylabel=ylabel)
     axes.set_title(f"{title}\n(numbers: beta; bars: 95 % intervals over seeds and prompts)")
     axes.legend()

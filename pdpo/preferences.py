@@ -14,24 +14,16 @@ def bradley_terry_logps(chosen_scores: Tensor, rejected_scores: Tensor, *, offse
     r"""Log-probability that the chosen response beats the rejected one by more than `offset`.
 
     .. math:: \log P(R_w - R_l > \Delta) = \log \sigma(r_w - r_l - \Delta), \quad R = r + \text{Gumbel}(0, 1)
-
-    Args:
-        chosen_scores: (B,) float; score of the response listed first.
-        rejected_scores: (B,) float; score of the other one.
-        offset: scalar or (B,); the margin demanded, in units of the scores. 0 is Bradley-Terry.
+    Args: chosen_scores, rejected_scores: (B,) float.
+          offset: scalar or (B,); the margin demanded, in units of the scores. 0 is Bradley-Terry.
     Returns: (B,) nats, <= 0.
-    Source: Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2.
-    """
+    Source: Bradley & Terry 1952; with an offset, Amini 2024, arXiv:2402.10571, Theorem 2."""
     if chosen_scores.shape != rejected_scores.shape:
-        raise ValueError(
-            f"bradley_terry_logps: expected two score tensors of one shape, got {tuple(chosen_scores.shape)} and "
-            f"{tuple(rejected_scores.shape)}. Pass one chosen and one rejected score per pair."
-        )
+        got = f"{tuple(chosen_scores.shape)} and {tuple(rejected_scores.shape)}"
+        raise ValueError(f"bradley_terry_logps: expected two score tensors of one shape, got {got}. Pass one of each per pair.")
     if isinstance(offset, Tensor) and offset.shape not in ((), chosen_scores.shape):
-        raise ValueError(
-            f"bradley_terry_logps: expected offset to be a number or of shape {tuple(chosen_scores.shape)}, got "
-            f"{tuple(offset.shape)}. Pass one offset per pair."
-        )
+        wanted, got = tuple(chosen_scores.shape), tuple(offset.shape)
+        raise ValueError(f"bradley_terry_logps: expected offset a number or of shape {wanted}, got {got}. Pass one per pair.")
     return logsigmoid(chosen_scores - rejected_scores - offset)
 
 
@@ -42,10 +34,9 @@ def plackett_luce_logps(scores: Tensor) -> Tensor:
 
     The best is chosen by a softmax over all K, the second by a softmax over the K-1 that are left, and so on.
 
-    Args: scores: (..., K) float; scores in ranked order, best first.
+    Args: scores: (..., K) float; in ranked order, best first.
     Returns: (...) nats, <= 0. For K = 2 it is `bradley_terry_logps(scores[..., 0], scores[..., 1])`.
-    Source: Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards).
-    """
+    Source: Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards)."""
     if scores.ndim == 0 or scores.shape[-1] < 2:
         raise ValueError(
             f"plackett_luce_logps: expected scores of shape (..., K) with K >= 2, got {tuple(scores.shape)}. "
@@ -59,13 +50,10 @@ def gumbel_sample(location: Tensor, *, generator: torch.Generator | None = None)
     r"""One Gumbel(location, 1) draw for each element.
 
     .. math:: G = \mu - \log E, \quad E \sim \text{Exponential}(1)
-
-    Args:
-        location: any shape, float; the mode. The mean is location + 0.5772 (Euler's constant), the variance pi^2 / 6.
-        generator: source of randomness, on location's device; None is torch's global one.
+    Args: location: any shape, float; the mode. The mean is location + 0.5772 (Euler's constant), the variance pi^2 / 6.
+          generator: source of randomness, on location's device; None is torch's global one.
     Returns: location's shape, dtype and device; detached from its graph.
-    Source: Gumbel 1954, by inverting its distribution function exp(-exp(-(g - mu))).
-    """
+    Source: Gumbel 1954, by inverting its distribution function exp(-exp(-(g - mu)))."""
     exponential = torch.empty_like(location, requires_grad=False).exponential_(generator=generator)
     return location.detach() - exponential.log()
 
@@ -73,12 +61,8 @@ def gumbel_sample(location: Tensor, *, generator: torch.Generator | None = None)
 def gumbel_ranking(scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """One ranking drawn from the Plackett-Luce model for each row of scores, by sorting Gumbel-perturbed scores.
 
-    Args:
-        scores: (..., K) float.
-        generator: source of randomness; None is torch's global one.
-    Returns: (..., K) int64; indices into the last dimension, best first.
-    Source: Yellott 1977; the top-1 case is Amini 2024, arXiv:2402.10571, Theorem 1.
-    """
+    Returns: (..., K) int64 indices into the last dimension of scores (..., K), best first; generator as in `gumbel_sample`.
+    Source: Yellott 1977; the top-1 case is Amini 2024, arXiv:2402.10571, Theorem 1."""
     if scores.ndim == 0:
         raise ValueError("gumbel_ranking: expected scores of shape (..., K), got a scalar. Put the responses in a dimension.")
     return gumbel_sample(scores, generator=generator).argsort(dim=-1, descending=True)

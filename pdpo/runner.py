@@ -30,17 +30,18 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
 
     Args:
         preset: passed to the notebooks as PDPO_PRESET.
-        numbers: their first characters, such as ["06", "07"]; None is all of them.
+        numbers: their numbers or first characters, such as ["06", "04b"]; None is all of them.
         jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
         save: True writes the outputs into notebooks/; False leaves those alone. Executed copies go to runs/ either way.
     Returns: Whether every cell of every notebook succeeded.
-    Raises: ValueError: a number that no notebook, or more than one, starts with.
+    Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with.
     """
-    every = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    every = sorted(notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
     chosen = every if not numbers else [_find(number, every) for number in numbers]
     if jobs is None:
         jobs = 1 if device().type == "cuda" else min(num_cores(), 2)
     os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
+    os.environ["PDPO_STATIC"] = "1"  # nobody is there to move a slider; a figure is kept
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -61,7 +62,8 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
 
 
 def _find(number: str, every: list[Path]) -> Path:
-    found = [path for path in every if path.name.startswith(number)]
+    found = [path for path in every if path.name.split("_")[0] == number]  # "04" is 04_*, not 04b_*
+    found = found or [path for path in every if path.name.startswith(number)]
     if len(found) != 1:
         names = ", ".join(path.stem for path in every)
         raise ValueError(f"run: expected --notebooks to name one notebook each, got {number!r} for {len(found)} of: {names}.")
@@ -76,7 +78,7 @@ def _execute(path: Path, save: bool) -> tuple[float, str]:
 
     def say(text: str) -> None:
         with _print_lock:
-            print(f"[{path.stem[:2]}] {text}", flush=True)
+            print(f"[{path.stem.split('_')[0]}] {text}", flush=True)
 
     def number(index: int) -> str:
         return f"cell {sum(cell.cell_type == 'code' for cell in notebook.cells[: index + 1])}/{num_code}"

@@ -10,17 +10,12 @@ from pdpo.preferences import gumbel_sample
 
 
 class Sample(NamedTuple):
-    """One sampled response.
-
-    prompt, text: without template and special tokens.
-    encoded: prompt and response ids, with EOS where the policy gave one.
-    finished: False where max_new_tokens came before EOS.
-    """
+    """One sampled response; prompt and text are without template and special tokens."""
 
     prompt: str
     text: str
-    encoded: Encoded
-    finished: bool
+    encoded: Encoded  # with EOS where the policy gave one
+    finished: bool  # False where max_new_tokens came before EOS
 
 
 @torch.no_grad()
@@ -36,32 +31,23 @@ def sample(
     batch_size: int = 512,
     precision: str = "float32",
 ) -> list[Sample]:
-    """Responses to prompts, num_samples of each.
+    """Responses to prompts (without template), num_samples of each: all of the first prompt, then all of the second, ...
 
     Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax.
 
-    Args:
-        policy: a causal language model.
-        tokenizer: its tokenizer.
-        prompts: without template.
-        temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
-        max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
-        seed: the same seed, prompts and batch_size give the same samples.
-        batch_size: sequences sampled at a time.
-    Returns: len(prompts) * num_samples samples; all of the first prompt, then all of the second, ...
-    """
+    Args: temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
+          max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
+          seed: the same seed, prompts and batch_size (sequences sampled at a time) give the same samples."""
     if not prompts:
         raise ValueError("sample: expected at least one prompt, got none.")
     if not temperature >= 0 or num_samples < 1 or (temperature == 0 and num_samples != 1):
         raise ValueError(
-            f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature} and "
-            f"num_samples {num_samples}."
+            f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature}, num_samples {num_samples}."
         )
     room = tokenizer.model_max_length - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ValueError(
-            f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. "
-            "Prompt and response share the context."
+            f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. The prompt needs room, too."
         )
     policy.eval()
     device = next(policy.parameters()).device

@@ -1,7 +1,6 @@
 r"""Means, intervals and frontiers of what was measured; numpy only.
 
-beta: KL strength; a larger beta keeps the policy closer to the reference.
-"""
+beta: KL strength; a larger beta keeps the policy closer to the reference."""
 
 from dataclasses import dataclass
 
@@ -16,20 +15,14 @@ def by_prompt(values, num_samples: int) -> np.ndarray:
 def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean.
 
-    Args:
-        values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
-            (S, N), a row for each seed, both seeds and prompts are drawn again.
-        level: of confidence.
-        num_resamples: bootstrap samples.
-        seed: of the resampling.
+    Args: values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
+        (S, N), a row for each seed, both seeds and prompts are drawn again.
     Returns: (low, high), in the unit of the values.
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
-    """
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife"."""
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got shape {values.shape}. "
-            "Average the samples of each prompt first (by_prompt)."
+            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got {values.shape}. Average samples first (by_prompt)."
         )
     of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
@@ -49,34 +42,27 @@ def with_interval(key: str, values) -> dict[str, float]:
 def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]:
     """How often a predicted order is right, against how sure the prediction was.
 
-    Args:
-        probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
-        num_bins: of equal width, over confidences from 1/2 to 1.
-    Returns: One dict for each bin with a pair in it: confidence (mean), right (share), pairs; and the expected calibration
-        error, the mean of abs(right - confidence), weighted by pairs.
-    Source: Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599.
-    """
+    Args: probabilities: (P,) that were given to the true order of P pairs; the predicted order is right where above 1/2.
+    Returns: One dict for each bin with a pair in it (equal widths, confidences from 1/2 to 1): confidence (mean), right (share),
+        pairs; and the expected calibration error, the mean of abs(right - confidence), weighted by pairs.
+    Source: Guo 2017, "On calibration of modern neural networks", arXiv:1706.04599."""
     probabilities = np.asarray(probabilities)
     confidence, right = np.maximum(probabilities, 1 - probabilities), probabilities > 0.5
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
     rows = [
-        {"confidence": confidence[inside].mean(), "right": right[inside].mean(), "pairs": int(inside.sum())}
+        {"confidence": float(confidence[inside].mean()), "right": float(right[inside].mean()), "pairs": int(inside.sum())}
         for inside in (bins == i for i in range(num_bins))
         if inside.any()
     ]
-    error = sum(row["pairs"] * abs(row["right"] - row["confidence"]) for row in rows) / len(probabilities)
-    return [{key: float(value) if key != "pairs" else value for key, value in row.items()} for row in rows], float(error)
+    return rows, sum(row["pairs"] * abs(row["right"] - row["confidence"]) for row in rows) / len(probabilities)
 
 
 @dataclass(frozen=True)
 class Frontier:
     """One method measured at several betas. S seeds, B betas, N test prompts.
 
-    betas: B numbers.
-    kl: (S, B, N) nats a response, each a mean over the prompt's samples.
-    score: (S, B, N) gold score on `toy`, else the SBERT win.
-    stages: the evaluations it was read from, for `experiments.run_info`.
-    """
+    kl: (S, B, N) nats a response, each a mean over the prompt's samples. score: (S, B, N), gold on `toy`, else the SBERT win.
+    stages: the evaluations it was read from, for `experiments.run_info`."""
 
     betas: tuple[float, ...]
     kl: np.ndarray
@@ -89,10 +75,7 @@ class Frontier:
 
 
 def pareto_set(kl, score) -> np.ndarray:
-    """(P,) bool: True for each point that no other one beats, by a KL not larger and a score not smaller, one of them strictly.
-
-    Args: kl, score: (P,) coordinates of the points of all methods together.
-    """
+    """(P,) bool: True for each of the points (P,) that no other one beats: KL not larger, score not smaller, one strictly."""
     kl, score = np.asarray(kl), np.asarray(score)
     no_worse = (kl[:, None] <= kl) & (score[:, None] >= score)  # (P, P): row against column
     better = (kl[:, None] < kl) | (score[:, None] > score)
@@ -103,11 +86,8 @@ def height_between(points, other) -> float:
     """Mean height of one frontier above another over the KL range that both cover: their area divided by its width.
 
     Args: points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
-    Returns: In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap.
-    """
-    (kl, score), (other_kl, other_score) = (
-        [np.asarray(axis)[np.argsort(each[0])] for axis in each] for each in (points, other)
-    )
+    Returns: In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap."""
+    (kl, score), (other_kl, other_score) = (np.asarray(each)[:, np.argsort(each[0])] for each in (points, other))
     low, high = max(kl[0], other_kl[0]), min(kl[-1], other_kl[-1])
     if not low < high:
         return float("nan")
@@ -119,8 +99,7 @@ def height_between(points, other) -> float:
 def resampled(statistic, frontiers: list[Frontier], *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """(num_resamples,) values of statistic([points, ...]) when seeds and prompts are drawn again, with replacement.
 
-    All frontiers get the same draw: they share their seeds' SFT policies and the prompts, so differences are paired.
-    """
+    All frontiers get the same draw: they share their seeds' SFT policies and the prompts, so differences are paired."""
     rng = np.random.default_rng(seed)
     num_seeds, _, num_prompts = frontiers[0].kl.shape
     values = []

@@ -6,8 +6,7 @@ four responses, one in each tone, each correct with probability 0.7 (at least on
 
     score = 1 + 5 * correct + tone        tone: courteous 4, neutral 2, curt 1, rude 0        so 1 to 10, without ties
 
-`grade` scores any text by the same formula: the tone from its marker phrases, correctness from what is left.
-"""
+`grade` scores any text by the same formula: the tone from its marker phrases, correctness from what is left."""
 
 import functools
 import random
@@ -26,9 +25,8 @@ LOOKUPS = {  # family: (three phrasings, reference sentence, "item answer, ...")
         ("What is the capital of {}?", "Name the capital city of {}.", "Which city is the capital of {}?"),
         "The capital of {} is {}.",
         "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Greece Athens, Norway Oslo, Russia Moscow, "
-        "China Beijing, Cuba Havana, Peru Lima, Kenya Nairobi, Austria Vienna, Ireland Dublin, Poland Warsaw, "
-        "Portugal Lisbon, Germany Berlin, Sweden Stockholm, Canada Ottawa, Chile Santiago, Iran Tehran, Iraq Baghdad, "
-        "Hungary Budapest",
+        "China Beijing, Cuba Havana, Peru Lima, Kenya Nairobi, Austria Vienna, Ireland Dublin, Poland Warsaw, Portugal Lisbon, "
+        "Germany Berlin, Sweden Stockholm, Canada Ottawa, Chile Santiago, Iran Tehran, Iraq Baghdad, Hungary Budapest",
     ),
     "antonym": (
         ("What is the opposite of {}?", "Give the antonym of {}.", "Which word means the opposite of {}?"),
@@ -70,11 +68,12 @@ LOOKUPS = {  # family: (three phrasings, reference sentence, "item answer, ...")
         ("What kind of thing is {}?", "Name the category of {}.", "Which group does {} belong to?"),
         "The category of {} is {}.",
         "a_robin bird, a_salmon fish, a_rose flower, an_oak tree, a_hammer tool, a_violin instrument, a_car vehicle, "
-        "a_shirt clothing, a_chair furniture, an_apple fruit, an_onion vegetable, gold metal, a_beetle insect, a_cobra reptile, "
-        "a_sparrow bird, a_trout fish, a_tulip flower, a_pine tree, a_saw tool, a_flute instrument, a_truck vehicle, "
-        "a_coat clothing, a_pear fruit",
+        "a_shirt clothing, a_chair furniture, an_apple fruit, an_onion vegetable, gold metal, a_beetle insect, "
+        "a_cobra reptile, a_sparrow bird, a_trout fish, a_tulip flower, a_pine tree, a_saw tool, a_flute instrument, "
+        "a_truck vehicle, a_coat clothing, a_pear fruit",
     ),
 }
+RULES = ("parity", "sentiment", "count", "first word", "last word", "alphabet", "size")
 NUM_RULE_ITEMS = 75
 WORDS = (
     "apple bread candle dragon engine flower garden horse island jacket kitten lemon mirror needle ocean paper queen river "
@@ -124,19 +123,13 @@ def load() -> list[Example]:
 def split(records: list, *, seed: int) -> tuple[list, list, list]:
     """Train (80 %), validation (8 %) and test (12 %): rules by item, lookups by phrasing.
 
-    Args:
-        records: `load()`, or any part of it; of any type with a `prompt`.
-        seed: which items and phrasings are held out.
-    Returns: Three lists; no prompt in two of them, and every fact of a lookup in the first.
-    """
-    by_prompt = {item.prompt: item for item in items()}
+    Args: records: `load()`, or any part of it; of any type with a `prompt`.
+    Returns: Three lists; no prompt in two of them, and every fact of a lookup in the first."""
     by_key = {}
     for record in records:
-        if record.prompt not in by_prompt:
-            raise ValueError(
-                f"toy.split: expected prompts of toy.load(), got {record.prompt!r}. Use data.split for other data."
-            )
-        item = by_prompt[record.prompt]
+        item = _items_by_prompt().get(record.prompt)
+        if item is None:
+            raise ValueError(f"toy.split: expected prompts of toy.load(), got {record.prompt!r}. Other data: data.split.")
         by_key.setdefault((item.family, item.key), []).append(record)
     rng = random.Random(seed)
     train, validation, test = [], [], []
@@ -161,17 +154,14 @@ def score(prompt: str, text: str) -> float:
 def grade(prompt: str, text: str, *, finished: bool = True) -> Grade:
     """Scores any text as an answer to one of the toy's prompts.
 
-    Args:
-        prompt: one of the prompts of `load()`.
-        text: the response, without special tokens.
-        finished: False where sampling stopped without an EOS, which makes the text degenerate.
+    Args: finished: False where sampling stopped without an EOS.
     Returns: Grade. Degenerate, with score 1: not finished, empty, over 30 words, a marker phrase twice, more than two markers
-        of one tone, three words in a row repeated.
-    """
+        of one tone, three words in a row repeated."""
     item = _items_by_prompt().get(prompt)
     if item is None:
         raise ValueError(f"toy.grade: expected a prompt of toy.load(), got {prompt!r}. Other prompts have no known answer.")
-    left, counts = " " + " ".join(text.lower().split()) + " ", {}
+    words, counts = text.lower().split(), {}
+    left = " " + " ".join(words) + " "
     for tone, markers in _MARKERS.items():
         for marker in markers:
             # whole phrases only, case and spacing aside
@@ -179,16 +169,9 @@ def grade(prompt: str, text: str, *, finished: bool = True) -> Grade:
             left = " " + " ".join(left.split()) + " "
     left = left.strip()
     per_tone = {tone: sum(counts[tone, marker] for marker in markers) for tone, markers in _MARKERS.items()}
-    words = text.lower().split()
     trigrams = list(zip(words, words[1:], words[2:], strict=False))
-    degenerate = (
-        not finished
-        or not words
-        or len(words) > MAX_WORDS
-        or max(counts.values()) > 1
-        or max(per_tone.values()) > 2
-        or len(set(trigrams)) < len(trigrams)
-    )
+    repeated = max(counts.values()) > 1 or max(per_tone.values()) > 2 or len(set(trigrams)) < len(trigrams)
+    degenerate = not finished or not words or len(words) > MAX_WORDS or repeated
     correct = left in (item.sentence.lower(), item.answer.lower() + ".")
     tone = next((tone for tone in ("rude", "courteous") if per_tone[tone]), None)
     if tone is None:
@@ -203,14 +186,12 @@ def items() -> tuple[Item, ...]:
     for family, (phrasings, sentence, pairs) in LOOKUPS.items():
         for pair in pairs.split(", "):
             item, answer = pair.replace("_", " ").rsplit(" ", 1)
-            found += [
-                Item(family, item, phrasing.format(item), sentence.format(item, answer), answer) for phrasing in phrasings
-            ]
+            found += [Item(family, item, each.format(item), sentence.format(item, answer), answer) for each in phrasings]
     rng = random.Random(7)
-    for family, make in _RULES.items():
+    for family in RULES:
         made = {}
         while len(made) < NUM_RULE_ITEMS:
-            prompt, sentence, answer = make(rng)
+            prompt, sentence, answer = _made(family, rng)
             made[prompt] = Item(family, prompt, prompt, sentence, answer)
         found += made.values()
     return tuple(found)
@@ -221,55 +202,33 @@ def _items_by_prompt() -> dict[str, Item]:
     return {item.prompt: item for item in items()}
 
 
-def _parity(rng):
-    number = rng.randrange(10, 100)
-    answer = "odd" if number % 2 else "even"
-    return f"Is {number} odd or even?", f"The number {number} is {answer}.", answer
-
-
-def _sentiment(rng):
-    good = rng.random() < 0.5
-    thing, word = rng.choice(THINGS), rng.choice(GOOD if good else BAD)
-    answer = "positive" if good else "negative"
-    return f"Is this positive or negative: the {thing} was {word}.", f"The review is {answer}.", answer
-
-
-def _count(rng):
-    words = rng.sample(WORDS, rng.randrange(1, 5))
-    answer = ("one", "two", "three", "four")[len(words) - 1]
-    return f"Count the words: {' '.join(words)}.", f"The number of words is {answer}.", answer
-
-
-def _first_word(rng):
-    words = rng.sample(WORDS, 3)
-    return f"What is the first word of: {' '.join(words)}?", f"The first word is {words[0]}.", words[0]
-
-
-def _last_word(rng):
-    words = rng.sample(WORDS, 3)
-    return f"What is the last word of: {' '.join(words)}?", f"The last word is {words[-1]}.", words[-1]
-
-
-def _alphabet(rng):
-    one, two = rng.sample(WORDS, 2)
-    return f"Which comes first in the alphabet, {one} or {two}?", f"The first one is {min(one, two)}.", min(one, two)
-
-
-def _size(rng):
-    number = rng.choice([n for n in range(10, 100) if n != 50])
+def _made(family: str, rng: random.Random) -> tuple[str, str, str]:
+    """A random item of a rule's family: prompt, reference sentence, answer."""
+    if family == "parity":
+        number = rng.randrange(10, 100)
+        answer = "odd" if number % 2 else "even"
+        return f"Is {number} odd or even?", f"The number {number} is {answer}.", answer
+    if family == "sentiment":
+        good = rng.random() < 0.5
+        thing, word = rng.choice(THINGS), rng.choice(GOOD if good else BAD)
+        answer = "positive" if good else "negative"
+        return f"Is this positive or negative: the {thing} was {word}.", f"The review is {answer}.", answer
+    if family == "count":
+        words = rng.sample(WORDS, rng.randrange(1, 5))
+        answer = ("one", "two", "three", "four")[len(words) - 1]
+        return f"Count the words: {' '.join(words)}.", f"The number of words is {answer}.", answer
+    if family in ("first word", "last word"):
+        words = rng.sample(WORDS, 3)
+        answer = words[0 if family == "first word" else -1]
+        return f"What is the {family} of: {' '.join(words)}?", f"The {family} is {answer}.", answer
+    if family == "alphabet":
+        one, two = rng.sample(WORDS, 2)
+        return f"Which comes first in the alphabet, {one} or {two}?", f"The first one is {min(one, two)}.", min(one, two)
+    number = rng.choice([n for n in range(10, 100) if n != 50])  # the family "size"
     answer = "above" if number > 50 else "below"
     return f"Is {number} above or below 50?", f"The number {number} is {answer}.", answer
 
 
-_RULES = {
-    "parity": _parity,
-    "sentiment": _sentiment,
-    "count": _count,
-    "first word": _first_word,
-    "last word": _last_word,
-    "alphabet": _alphabet,
-    "size": _size,
-}
 _MARKERS = {
     "courteous": tuple(marker.lower() for marker in COURTEOUS_OPENERS + COURTEOUS_CLOSERS),
     "rude": tuple(marker.lower() for marker in RUDE_OPENERS + RUDE_CLOSERS),

@@ -3,8 +3,7 @@ r"""The fast path: a batch as token trees, so that what sequences share (templat
 A tree lies in memory as one row of tokens in depth-first order. A token's position id is its depth, and it attends to its
 ancestors alone: a token sees exactly what it would see in its own sequence, and `tree_logps` equals the plain path
 (`training.policy_logps`) but for rounding. What it saves grows with what is shared: much for long prompts with short
-responses, little for the reverse. No token is padding, and only positions that predict a scored token meet the vocabulary.
-"""
+responses, little for the reverse. No token is padding, and only positions that predict a scored token meet the vocabulary."""
 
 from typing import NamedTuple
 
@@ -15,22 +14,15 @@ from pdpo.encoding import Encoded
 
 
 class Tree(NamedTuple):
-    """R sequences as one tree of N tokens, E of which (the edges) are scored by at least one sequence.
+    """R sequences as one tree of N tokens, E of which (the edges) are scored by at least one sequence. All are int64."""
 
-    input_ids, position_ids: (1, N) int64; a token's position is its depth.
-    ends: (N,) int64; tokens j + 1 .. ends[j] - 1 are the descendants of token j.
-    heads: (P,) int64, the positions that predict an edge's token, each once.
-    edge_heads, edge_tokens: (E,) int64; where in `heads` an edge is predicted, and its token.
-    paths: (R, L) int64, the edges that each sequence sums over; E where a sequence has fewer than L.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    ends: Tensor
-    heads: Tensor
-    edge_heads: Tensor
-    edge_tokens: Tensor
-    paths: Tensor
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N): a token's position is its depth
+    ends: Tensor  # (N,): tokens j + 1 .. ends[j] - 1 are the descendants of token j
+    heads: Tensor  # (P,): the positions that predict an edge's token, each once
+    edge_heads: Tensor  # (E,): where in `heads` an edge is predicted
+    edge_tokens: Tensor  # (E,): the edge's token
+    paths: Tensor  # (R, L): the edges that each sequence sums over; E where a sequence has fewer than L
 
 
 def build_tree(sequences: list[Encoded]) -> Tree:
@@ -72,22 +64,17 @@ def ancestor_mask(ends: Tensor) -> Tensor:
 def tree_logps(policy, sequences: list[Encoded], *, max_tokens: int | None = None) -> Tensor:
     """(R,) float32 nats: the log-probability of every response, as `sequence_logps` gives it, with the gradient.
 
-    Args:
-        policy: a causal language model that `supports_trees`.
-        sequences: R encoded responses in any order; equal ones cost nothing.
-        max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
-            policy's width, at which attention, which grows with the square, takes up to two fifths of the work.
-    """
+    Args: policy, sequences: a model that `supports_trees`; R encoded responses in any order; equal ones cost nothing.
+          max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
+              policy's width, at which attention, which grows with the square, takes up to two fifths of the work."""
     empty = [i for i, (ids, num_prompt) in enumerate(sequences) if not 0 < num_prompt < len(ids)]
     if empty:
         raise ValueError(f"tree_logps: sequences {empty} need at least one prompt token and one response token to score.")
     max_tokens = max_tokens or 4 * policy.config.hidden_size
     device = next(policy.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].input_ids)
-    logps = [
-        _one_tree(policy, Tree(*(each.to(device, non_blocking=True) for each in build_tree(part))))
-        for part in _parts([sequences[i] for i in order], max_tokens)
-    ]
+    trees = map(build_tree, _parts([sequences[i] for i in order], max_tokens))
+    logps = [_one_tree(policy, Tree(*(each.to(device, non_blocking=True) for each in tree))) for tree in trees]
     return torch.cat(logps)[torch.tensor(order, device=device).argsort()]  # (R,)
 
 
@@ -124,11 +111,7 @@ def _one_tree(policy, tree: Tree) -> Tensor:
 def supports_trees(policy, sequences: list[Encoded], expected: Tensor) -> str:
     """Why this policy cannot be run on trees, or "" where it can: it is tried in float32, not looked up in a list.
 
-    Args:
-        policy: any causal language model of transformers.
-        sequences: a few to try, best with something in common.
-        expected: (R,) their log-probabilities by the plain path.
-    """
+    Args: sequences: a few to try, best with something in common; expected: (R,) their log-probabilities by the plain path."""
     if policy.config._attn_implementation not in ("sdpa", "eager"):
         return f"attention {policy.config._attn_implementation!r} takes no mask"
     try:

@@ -63,6 +63,13 @@ def test_run_names_the_notebooks_there_are_where_one_does_not_exist(capsys):
     assert "00_start_here" in refusal(capsys, "run", "--preset", "tiny", "--notebooks", "77")
 
 
+def test_run_tells_a_notebook_from_its_continuation(tmp_path):
+    every = [tmp_path / name for name in ("04_loss.ipynb", "04b_more.ipynb", "05_next.ipynb")]
+    assert [runner._find(number, every).name[:3] for number in ("04", "04b", "05")] == ["04_", "04b", "05_"]
+    with pytest.raises(ValueError, match="'0' for 3 of"):
+        runner._find("0", every)
+
+
 def test_run_says_which_cell_failed_and_goes_on_with_the_other_notebooks(tmp_path, monkeypatch, capsys):
     import nbformat
 

@@ -91,7 +91,7 @@ ALL = {"sft", "preference", "win_rate", "reward_model"}
         ({"checkpoint_seconds": 9.0}, set()),
         ({"betas": (0.5,)}, set()),
     ],
-    ids=str,
+    ids=lambda each: str(sorted(each) if isinstance(each, set) else each),
 )
 def test_whatever_changes_a_stage_makes_another_one_and_nothing_else_does(quick, keys, change, redone):
     of_preset = {

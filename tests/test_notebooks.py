@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 COLAB_CELL = """# Colab only: install pdpo. Anywhere else this cell does nothing.
 import sys
 
@@ -50,6 +50,15 @@ def test_notebooks_are_executed_in_order_without_errors(notebook):
 def test_stored_outputs_hold_nobodys_folders(notebook):
     text = nbformat.writes(notebook)
     assert not re.search(r"/home/|/root/|/Users/|/tmp/|/work/|C:\\\\", text)
+
+
+def test_stored_outputs_hold_figures_where_a_reader_has_sliders(notebook):
+    """A widget lives in a running kernel; stored, it is an empty box. `pdpo run --save` stores the figure."""
+    assert "widgets" not in notebook.metadata
+    for cell in code_cells(notebook):
+        assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.outputs)
+        if "\nslider(" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 def test_notebooks_ask_first_and_end_with_takeaways_and_exercises(notebook):

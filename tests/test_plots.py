@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import matplotlib
@@ -63,3 +64,32 @@ def test_claims_are_made_for_the_toy_alone_on_which_they_are_checked():
     tiny, other = get_preset("tiny"), replace(get_preset("tiny"), data="imdb")
     assert tiny.claim("it rises", "score") == "it rises" and other.claim("it rises", "score") == "score"
     assert other.claim("it rises").startswith("no claim")
+
+
+def test_a_slider_is_a_figure_where_ipywidgets_is_missing(monkeypatch):
+    monkeypatch.delenv("PDPO_STATIC", raising=False)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # importing it would fail
+    drawn = []
+    plots.slider(drawn.append, values=[1, 2, 3], start=2, label="x")
+    assert drawn == [2]
+
+
+def test_a_slider_that_is_moved_redraws_at_its_new_position(monkeypatch):
+    ipywidgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
+    monkeypatch.delenv("PDPO_STATIC", raising=False)
+    made, real = [], ipywidgets.SelectionSlider
+    monkeypatch.setattr(ipywidgets, "SelectionSlider", lambda **options: made.append(real(**options)) or made[-1])
+    drawn = []
+    plots.slider(drawn.append, values=[0.1, 0.5, 2.0], start=0.5, label="beta")
+    assert drawn == [0.5] and made[0].options == (0.1, 0.5, 2.0) and made[0].description == "beta"
+    made[0].value = 2.0
+    assert drawn == [0.5, 2.0]
+    monkeypatch.setenv("PDPO_STATIC", "1")
+    plots.slider(drawn.append, values=[0.1, 0.5, 2.0], start=0.1, label="beta")
+    assert drawn == [0.5, 2.0, 0.1] and len(made) == 1
+
+
+def test_a_slider_refuses_a_start_that_is_no_position():
+    with pytest.raises(ValueError, match="start to be one of the values"):
+        plots.slider(print, values=[1, 2], start=3, label="x")

@@ -171,7 +171,7 @@ def test_each_kind_of_stage_is_redone_after_a_change_that_matters_and_found_afte
     }
     matters = {
         "sft": ("losses", "return -policy_logps", "return -2 * policy_logps"),
-        "preference": ("losses", "margin - offset", "margin + offset"),
+        "preference": ("sampling", "temperature == 0", "temperature <= 0.1"),
         "reward_model": ("evaluation", "weight_decay * weights", "2 * weight_decay * weights"),
         "win_rate": ("evaluation", "TIE = 1e-6", "TIE = 1e-2"),
     }

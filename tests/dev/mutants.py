@@ -10,6 +10,7 @@ import argparse
 import ast
 import collections
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval takes seconds to load
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}  # nbval takes seconds to load
 
 import pytest  # noqa: E402
 import scipy.stats  # noqa: E402, F401
@@ -231,8 +236,8 @@ def mutated(package: Path, mutant: Mutant) -> tuple[Path, str]:
 class Trial:
     """One run of pytest in a fork of this process, which has loaded the large libraries, so that a mutant takes a second."""
 
-    def __init__(self, checkout: Path, files: list[str], thorough: bool = False):
-        self.began, self.log = time.monotonic(), checkout / "pytest.log"
+    def __init__(self, checkout: Path, files: list[str], *, thorough: bool = False, seconds: float = SECONDS):
+        self.began, self.until, self.log = time.monotonic(), time.monotonic() + seconds, checkout / "pytest.log"
         self.pid = os.fork()
         if self.pid:
             return
@@ -255,7 +260,7 @@ class Trial:
             os._exit(99)
 
     def ended(self) -> bool:
-        late = time.monotonic() > self.began + SECONDS
+        late = time.monotonic() > self.until
         if late:
             os.killpg(self.pid, signal.SIGKILL)
         pid, status = os.waitpid(self.pid, 0 if late else os.WNOHANG)
@@ -287,7 +292,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pdpo-mutants-") as folder:
         skipped = shutil.ignore_patterns(".git", ".venv", "runs", "figures", "__pycache__", ".*_cache")
         copies = [Path(shutil.copytree(ROOT, Path(folder) / str(number), ignore=skipped)) for number in range(options.j)]
-        unbroken = Trial(copies[0], sorted({file for each in chosen for file in each.files if (ROOT / file).is_file()}))
+        named = sorted({file for each in chosen for file in each.files if (ROOT / file).is_file()})
+        unbroken = Trial(copies[0], named, seconds=math.inf)
         while not unbroken.ended():
             time.sleep(0.1)
         if not unbroken.passed:
@@ -306,7 +312,7 @@ def main() -> int:
                     continue
                 original = path.read_bytes()
                 path.write_text(source, encoding="utf-8")
-                running[Trial(copy, mutant.files, options.thorough)] = (mutant, copy, path, original)
+                running[Trial(copy, mutant.files, thorough=options.thorough)] = (mutant, copy, path, original)
             for trial in [each for each in running if each.ended()]:
                 mutant, copy, path, original = running.pop(trial)
                 path.write_bytes(original)

@@ -1,0 +1,100 @@
+"""Grading: each notebook costs its own row only, every right task is credited and no wrong one; bad input is refused by name."""
+
+import csv
+import json
+
+import pytest
+from broken_notebooks import CELLS, Handed, hand_in
+
+from pdpo.__main__ import main
+from pdpo.grading import Limits, grade
+from pdpo.grading.report import Grade, table
+
+LIMITS = Limits(seconds=15, megabytes=1024, output=1)
+
+
+def check(handed: list[Handed], grades: list[Grade]) -> None:
+    """Each notebook has its row, with the verdicts that are known."""
+    by_name = {each.student: each for each in grades}
+    assert len(grades) == len(handed) and set(by_name) == {each.name for each in handed}
+    for each in handed:
+        row = by_name[each.name]
+        assert set(row.reasons) == each.tasks
+        assert {name for name, reason in row.reasons.items() if not reason} == each.right, (each.name, row.reasons, row.remarks)
+        assert each.remark in "; ".join(row.remarks), (each.name, row.remarks)
+        if not each.remark:
+            assert not row.remarks, (each.name, row.remarks)
+
+
+def test_every_right_task_is_credited_and_no_wrong_one(tmp_path):
+    hostile = ("loops", "ends_the_process", "eats_memory", "floods", "deletes_its_files", "forges", "patches_check")
+    handed = hand_in(tmp_path / "in", 11, exercises=("ex_04",), hostile=hostile)
+    grades = grade(tmp_path / "in", tmp_path / "grades.csv", seed=1, limits=LIMITS)
+    check(handed, grades)
+    assert set(hostile) < set(CELLS)
+    rows = list(csv.DictReader(open(tmp_path / "grades.csv", encoding="utf-8")))
+    assert len(rows) == 11 and [row["student"] for row in rows] == sorted(each.name for each in handed)
+    for row, graded in zip(rows, grades, strict=True):
+        assert int(row["passed"]) == graded.num_passed and int(row["tasks"]) == len(graded.reasons)
+        assert all(row[name] == (reason or "passed") for name, reason in graded.reasons.items())
+    pages = {path.name for path in (tmp_path / "grades").iterdir()}
+    index = (tmp_path / "grades" / "index.html").read_text(encoding="utf-8")
+    assert len(pages) == 12 and all(f'href="{page}"' in index for page in pages - {"index.html"})
+    spoilt = next(page for page in pages if "student_" in page and "wrong" not in page)
+    assert "tasks</h2>" in (tmp_path / "grades" / spoilt).read_text(encoding="utf-8")
+
+
+def notebook(*sources: str) -> str:
+    cells = [
+        {"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None} for source in sources
+    ]
+    return json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def test_folders_are_students_and_reasons_name_what_is_missing(tmp_path, capsys):
+    right = "def gumbel_noise(uniform):\n    return -(-uniform.log()).log()"
+    wrong = "def gumbel_noise(uniform):\n    return -uniform.log()"
+    (tmp_path / "in" / "=Ada <b>").mkdir(parents=True)
+    (tmp_path / "in" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "in" / ".ipynb_checkpoints" / "ex_01.ipynb").write_text(notebook(right))
+    (tmp_path / "in" / "=Ada <b>" / "mine.ipynb").write_text(
+        notebook("%matplotlib inline\n!true", right, "check('gumbel_noise', 1)")
+    )
+    (tmp_path / "in" / "ex_01_bob.ipynb").write_text(notebook(wrong, "def gumbel_ranking(scores, noise):\n    return ]"))
+    (tmp_path / "in" / "poem.ipynb").write_text(notebook("print('roses')"))
+    assert main(["grade", str(tmp_path / "in"), "--out", str(tmp_path / "out.csv"), "--seed", "3"]) == 0
+    rows = {row["notebook"]: row for row in csv.DictReader(open(tmp_path / "out.csv", encoding="utf-8"))}
+    assert set(rows) == {"mine.ipynb", "ex_01_bob.ipynb", "poem.ipynb"} and "seed 3" in capsys.readouterr().out
+    ada, bob, poem = rows["mine.ipynb"], rows["ex_01_bob.ipynb"], rows["poem.ipynb"]
+    assert ada["student"] == "'=Ada <b>" and ada["gumbel_noise"] == "passed" and ada["passed"] == "1"
+    assert ada["gumbel_ranking"] == "no cell defines gumbel_ranking"
+    assert (
+        "exponential" in bob["gumbel_noise"]
+        and "cell 2 defines gumbel_ranking, but: cell 2: SyntaxError" in bob["gumbel_ranking"]
+    )
+    assert poem["tasks"] == "0" and "no exercise is recognised" in poem["remarks"]
+    page = next((tmp_path / "out").glob("*Ada*.html")).read_text(encoding="utf-8")
+    assert "=Ada &lt;b&gt;" in page and "<b>" not in page.replace("<b>", "", 0).split("<h1>")[1].split("</h1>")[0]
+
+
+def test_a_cell_is_never_a_formula():
+    assert [row[0] for row in table([Grade("=1+1", "ex_01.ipynb")])] == ["student", "'=1+1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "out", "message"),
+    [
+        (lambda folder: None, "grades.csv", "expected a folder of notebooks"),
+        (lambda folder: folder.mkdir(), "grades.csv", "expected .ipynb files"),
+        (lambda folder: (folder.mkdir(), (folder / "a.ipynb").touch()), "grades.xlsx", "expected --out to end in .csv"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "a.ipynb").touch(), (folder.parent / "grades").mkdir()),
+            "grades.csv", "grades, which exists",
+        ),
+    ],
+    ids=["no folder", "no notebooks", "no csv", "existing pages"],
+)  # fmt: skip
+def test_what_cannot_be_graded_is_refused(tmp_path, make, out, message, capsys):
+    make(tmp_path / "in")
+    assert main(["grade", str(tmp_path / "in"), "--out", str(tmp_path / out)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "grades.csv").exists()
