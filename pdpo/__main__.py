@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug or not text:
             raise
         if launch_rank() > 0:
-            time.sleep(5)  # where process 0 says the same, torchrun meanwhile ends this one
+            time.sleep(30)  # where process 0 says the same, torchrun meanwhile ends this one
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
 

@@ -87,7 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def model_folder(tmp_path_factory, gpt2_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=64)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2)).save_pretrained(folder)
     gpt2_tokenizer.save_pretrained(folder)
     return folder
 
