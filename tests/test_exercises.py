@@ -232,6 +232,13 @@ def test_a_message_holds_property_input_expected_got_and_cause():
     ]
 
 
+def test_an_argument_may_be_keyword_only_as_in_the_package():
+    def optimal_policy(reference_logps, scores, *, beta):
+        return SECOND["optimal_policy"](reference_logps, scores, beta)
+
+    exercises.check("optimal_policy", optimal_policy)
+
+
 def test_a_wrong_gradient_is_told_from_a_wrong_value():
     def half(c, r, o):
         return torch.nn.functional.logsigmoid(c - (r + r.detach()) / 2 - o)
