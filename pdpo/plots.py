@@ -73,8 +73,8 @@ def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
         return
     import ipywidgets  # an optional extra: everything else works without
 
-    style = {"description_width": "initial"}
-    control = ipywidgets.SelectionSlider(options=list(values), value=start, description=label, style=style)
+    look = {"style": {"description_width": "initial"}, "layout": {"width": "36em"}}  # room for the label and for the track
+    control = ipywidgets.SelectionSlider(options=list(values), value=start, description=label, **look)
     ipywidgets.interact(lambda value: draw(value), value=control)
 
 
