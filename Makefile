@@ -10,7 +10,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m pdpo run
 
 test: $(VENV)/.installed
-	PDPO_TEST_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+	PDPO_TEST_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m pytest -p no:nbval -n $(JOBS) --dist loadfile tests
 	@echo "now every notebook, cell by cell, against its stored outputs"
 	PDPO_PRESET=tiny $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval notebooks
 
