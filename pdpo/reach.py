@@ -153,8 +153,11 @@ def _names(node: ast.stmt) -> set[str]:
 
 @in_key
 def code_version(function: Callable) -> str:
-    """A hash of the code that a function of this package can reach."""
-    return code_version_of(name_of(function))
+    """A hash of the code that a function of this package can reach; ValueError for one from elsewhere."""
+    found = code_version_of(name_of(function))
+    if not found:
+        raise ValueError(f"code_version: expected a function of pdpo's modules, got {name_of(function)}. Define it there.")
+    return found
 
 
 def name_of(function: Callable) -> str:
