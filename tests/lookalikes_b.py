@@ -91,12 +91,6 @@ def by_autograd(pc, pr, rc, rr, beta):
     return torch.autograd.grad(loss, (pc, pr))
 
 
-@second("dpo_gradient")
-def with_one_minus_sigmoid(pc, pr, rc, rr, beta):
-    probability = 1 / (1 + (beta * ((pr - rr) - (pc - rc))).exp())
-    return -beta * (1 - probability), beta * (1 - probability)
-
-
 @wrong("dpo_gradient", "the chain rule gives a factor beta")
 def no_inner_beta(pc, pr, rc, rr, beta):
     weight = torch.sigmoid(-beta * ((pc - rc) - (pr - rr)))

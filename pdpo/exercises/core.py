@@ -5,6 +5,7 @@ mistakes. Inputs are drawn anew at every check, so that stored answers cannot pa
 """
 
 import copy
+import inspect
 import os
 import random
 import sys
@@ -82,20 +83,31 @@ def task(
     return Task(name, exercise, signature, hints, check, mistakes)
 
 
+def by_position(function: Callable) -> Callable:
+    """The same function where its keyword-only arguments, as in f(..., *, beta), may be given by position."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin, perhaps, that does not tell
+        return function
+    names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    if not names:
+        return function
+    return lambda *given: function(*given[: -len(names)], **dict(zip(names, given[-len(names) :], strict=False)))
+
+
 def fresh() -> torch.Generator:
     """A generator with a seed that nobody knows beforehand: stored answers do not fit what it draws."""
     return torch.Generator().manual_seed(SEEDS.getrandbits(32))
 
 
-def call(function: Callable, *arguments: Any, like: Any = None, names: Sequence[str] = (), allowed: Sequence[str] = ()) -> Any:
-    """The student's function on copies of the arguments.
+def call(function: Callable, *arguments: Any, names: Sequence[str] = (), allowed: Sequence[str] = ()) -> Any:
+    """The result of the student's function on copies of the arguments.
 
     Args:
-        like: a right result, whose type, shape and kind of number the result must have; None: anything may come.
         names: what the arguments are called, for messages.
         allowed: qualified names in this package that the function may call, such as "TabularPolicy.forward".
     Raises:
-        Wrong: it crashed, called this package's own function, changed its inputs, or returned another form.
+        Wrong: it is a stub, crashed, called this package's own function, or changed its inputs.
     """
     given, copies = _given(names, arguments), [_copy(each) for each in arguments]
     result = _attempt(function, copies, allowed)
@@ -110,8 +122,6 @@ def call(function: Callable, *arguments: Any, like: Any = None, names: Sequence[
             raise Wrong("it leaves its inputs as they were", why, given=given, got=f"{name} = {show(after)} afterwards")
     if isinstance(result, Tensor) and type(result) is not Tensor:
         raise Wrong("the result has the right form", f"expected a plain tensor, got {type(result).__name__}", given=given)
-    if like is not None and (why := _form(result, like)):
-        raise Wrong("the result has the right form", why, given=given, expected=like, got=result)
     return result
 
 
@@ -227,8 +237,7 @@ def _gradient(function: Callable, arguments: Sequence, indices: Sequence[int], a
     if not isinstance(result, Tensor) or not result.requires_grad:
         return result if isinstance(result, Exception) else None
     total = (result * torch.linspace(1, 2, result.numel(), dtype=result.dtype).view(result.shape)).sum()
-    gradients = _attempt(lambda: torch.autograd.grad(total, [inputs[i] for i in indices], materialize_grads=True), ())
-    return gradients
+    return _attempt(lambda: torch.autograd.grad(total, [inputs[i] for i in indices], materialize_grads=True), ())
 
 
 def _same(a: Any, b: Any, *, exact: bool = False) -> bool:
@@ -255,50 +264,39 @@ def _form(got: Any, right: Any) -> str:
     """What is wrong with the type, shape or kind of the result; empty where they are right."""
     if isinstance(right, tuple) and isinstance(got, tuple | list) and len(got) == len(right):
         return next((why for why in map(_form, got, right) if why), "")
-    number = isinstance(right, int | float)
-    if (
-        isinstance(right, tuple)
-        or (number and not isinstance(got, int | float))
-        or (not number and type(got) is not type(right))
-    ):
+    if isinstance(right, int | float) and isinstance(got, int | float):
+        return ""
+    if type(got) is not type(right) or isinstance(right, tuple):
         wanted = (
-            f"a tensor of shape {tuple(right.shape)}" if isinstance(right, Tensor) else "a number" if number else show(right)
+            f"a tensor of shape {tuple(right.shape)}" if isinstance(right, Tensor) else f"{type(right).__name__} {show(right)}"
         )
         return f"expected {wanted}, got {type(got).__name__}" + " (is there a return?)" * (got is None)
-    if isinstance(right, Tensor) and got.shape != right.shape:
-        return f"expected shape {tuple(right.shape)}, got {tuple(got.shape)}"
-    if isinstance(right, Tensor) and _kind(got) != _kind(right):
-        return f"expected {_kind(right)}, got {_kind(got)}"
-    return ""
+    if not isinstance(right, Tensor) or (got.shape, _kind(got)) == (right.shape, _kind(right)):
+        return ""
+    return f"expected {_kind(right)} of shape {tuple(right.shape)}, got {_kind(got)} of shape {tuple(got.shape)}"
 
 
 def _difference(property: str, given: str, got: tuple[Any, Any], right: tuple[Any, Any], names: Sequence[str]) -> Wrong:
-    """How a (result, gradients) pair differs from the right one, read from the numbers alone."""
+    """How the first (result, gradients) pair that is not right differs, for mistakes that nobody foresaw."""
     shown = {"given": given, "expected": right[0], "got": got[0]}
     if why := _form(got[0], right[0]):
         return Wrong("the result has the right form", why, **shown)
-    unknown = "none of the usual mistakes: work the given input by hand and compare each step"
-    if _same(got[0], right[0]):
-        if isinstance(got[1], tuple):
-            i = next(i for i, (mine, true) in enumerate(zip(got[1], right[1], strict=True)) if not _same(mine, true))
-            shown |= {"expected": f"gradient in {names[i]} {show(right[1][i])}", "got": got[1][i]}
-        why = (
-            f"backward raised {got[1]!r}"
-            if isinstance(got[1], Exception)
-            else "the values are right; part of the graph is cut or bent"
-        )
-        return Wrong(f"the gradient, too, is right: {property}", why, **shown)
-    return Wrong(property, unknown, **shown)
+    if not _same(got[0], right[0]):
+        return Wrong(property, "none of the usual mistakes: work the given input by hand and compare each step", **shown)
+    why = "the values are right; part of the graph is cut or bent"
+    if isinstance(got[1], Exception):
+        why = f"backward raised {got[1]!r}"
+    elif got[1] is not None:
+        i = next(i for i, (mine, true) in enumerate(zip(got[1], right[1], strict=True)) if not _same(mine, true))
+        shown |= {"expected": f"gradient in {names[i]} {show(right[1][i])}", "got": got[1][i]}
+    return Wrong(f"the gradient, too, is right: {property}", why, **shown)
 
 
 def _pattern(got: list, right: list) -> str:
     """A cause read from all results together; empty where there is none to be seen."""
     if not all(isinstance(x, Tensor) and _kind(x) == _kind(y) and x.shape == y.shape for x, y in zip(got, right, strict=True)):
         return ""
-    mine, true = (
-        torch.cat([x.flatten().double() for x in got]).detach(),
-        torch.cat([y.flatten().double() for y in right]).detach(),
-    )
+    mine, true = (torch.cat([each.detach().flatten().double() for each in values]) for values in (got, right))
     if len(mine) > 1 and (mine == mine[0]).all():
         return "the result is one number, whatever comes in"
     if not mine.isfinite().all() and true.isfinite().all():

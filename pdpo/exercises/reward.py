@@ -162,7 +162,7 @@ def _named(function):
 
 
 def _bug_check(function):
-    allowed = ("_named.<locals>.run", "Experiment.__call__", "_trained")
+    allowed = ("_named.<locals>.run", "Experiment.__call__", "Experiment.__repr__", "_trained")
     compare(adapted(_named, function), _diagnosis, _experiments(fresh()), _BUG_MISTAKES, names=("train",), allowed=allowed)
 
 
@@ -252,7 +252,7 @@ TASKS = (
          lambda t: (*_symptoms(t)[:2], *_symptoms(t, last=-2)[2:4], _symptoms(t)[4])),
         ("the gain has its sign turned round: last score minus first score",
          lambda t: (*_symptoms(t)[:3], -_symptoms(t)[3], _symptoms(t)[4])),
-    ), allowed=("Experiment.__call__", "_trained")),
+    ), allowed=("Experiment.__call__", "Experiment.__repr__", "_trained")),
     Task("planted_bug", "ex_09", "def planted_bug(train):", (
         f"One of {', '.join(BUGS)}; or none. For each: which of the five symptoms would look how?",
         "A first loss other than log 2; no fall; a rebound; a score that falls; a KL that grows with beta. Which order of questions?",
