@@ -96,6 +96,7 @@ def _training() -> argparse.ArgumentParser:
     train.add_argument("--data", help=".json or .jsonl with prompt, chosen, rejected [chosen_score, rejected_score], or a name")
     train.add_argument("--preset", choices=PRESETS, help="default: gpt2-medium on a GPU, else small")
     train.add_argument("--model", help="a folder or hub name of a causal language model; default: the preset's")
+    train.add_argument("--context", type=int, help="longest sequence in tokens; default: the preset's")
     train.add_argument("--tokenizer", help="a folder or hub name; default: the model's, or a BPE trained on the data")
     train.add_argument("--sft-steps", type=int, help="optimizer steps of SFT; default: the preset's")
     train.add_argument("--steps", type=int, help="optimizer steps of each preference run; default: the preset's")
@@ -123,7 +124,7 @@ def _preset(options: argparse.Namespace) -> Preset:
     given = {key: value for key, value in vars(options).items() if value is not None}
     sft = replace(preset.sft, **({"steps": options.sft_steps} if "sft_steps" in given else {}))
     preference = replace(preset.preference, **{key: given[key] for key in ("steps", "lr", "alpha") if key in given})
-    sources = {key: given[key] for key in ("data", "model", "tokenizer") if key in given}
+    sources = {key: given[key] for key in ("data", "model", "tokenizer", "context") if key in given}
     return replace(preset, sft=sft, preference=preference, **sources)
 
 
