@@ -110,7 +110,8 @@ def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     positions = getattr(policy.config, "max_position_embeddings", None) or context
     if positions < context:
         raise ValueError(
-            f"{name}: expected at least {context} positions, the preset's context, got {positions}. Ask for a shorter one: --context {positions}, or dataclasses.replace(preset, context={positions})."
+            f"{name}: expected at least {context} positions, the preset's context, got {positions}. Ask for a shorter one: "
+            f"--context {positions}, or dataclasses.replace(preset, context={positions})."
         )
     num_embeddings = policy.get_input_embeddings().num_embeddings
     if tokenizer is not None and num_embeddings < len(tokenizer):
