@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from reprlib import repr as short
 
 import torch
@@ -126,8 +127,10 @@ class Preset:
 
     @property
     def num_threads(self) -> int:
-        """CPU threads of a run that has the machine to itself: one for small random weights, whose bits then repeat; else all."""
-        return 1 if self.model is None else num_cores()
+        """CPU threads of a run that has the machine to itself: one for a small model, whose bits then repeat; else all cores."""
+        files = Path(self.model).glob("*.safetensors") if self.model and Path(self.model).is_dir() else ()
+        small = self.model is None or (Path(self.model).is_dir() and sum(file.stat().st_size for file in files) < 10**8)
+        return 1 if small else num_cores()
 
     def claim(self, text: str, otherwise: str = "no claim: what is checked here was found on the toy") -> str:
         """The text where this preset's data is the toy, on which the notebooks' claims are checked; otherwise the other."""
