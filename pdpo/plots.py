@@ -140,7 +140,7 @@ ROAD = [
     ("data", "prompts with\nranked responses", "notebooks 00, 14"),
     ("SFT", "imitate\nthe responses", "notebook 06"),
     ("pairs", "chosen, rejected;\na model of choices", "notebooks 01, 02"),
-    ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03 to 05, 07"),
+    ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03, 04, 04b, 05, 07"),
     ("samples", "ask the policies\nnew prompts", "notebook 08"),
     ("measures", "wins, score, KL,\nwith intervals", "notebooks 08, 09"),
 ]

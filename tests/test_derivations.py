@@ -74,7 +74,7 @@ CASES = [
     ("04", "step_errors = ", "loss_of_pair(i, j).item()) / (2 * step)", "loss_of_pair(i, j).item()) / step", "half the step forgotten"),
     ("04", "pull = {", "b * torch.sigmoid(-b", "torch.sigmoid(-b", "the gradient's prefactor without its beta"),
     ("04", "pull[beta](200.0)", "torch.sigmoid(-b * torch.as_tensor(u))", "torch.relu(1 - torch.as_tensor(u) * b)", "where pulling stops"),
-    ("04", "before = kl_divergence", "(p * forward + (1 - p) * backward)", "(p * forward)", "labels that never contradict each other"),
+    ("04", "before = kl_divergence", "(p * forward + (1 - p) * backward)", "(p * forward)", "labels that all follow one order"),
     ("04", "descents = {", "> few.scores[b]).double()", "> few.scores[b]).double() * 0.9 + 0.05", "score labels, one in twenty flipped"),
     # 04b
     ("04b", "best_b = ", "reward = scores - BETA * (", "reward = scores - (", "the policy gradient's KL price loses beta"),
