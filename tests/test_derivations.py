@@ -103,9 +103,11 @@ CASES = [
 # fmt: on
 
 
-# cells that take seconds and that nothing after them needs: run only where they assert, or are what is broken
+# cells that take seconds and that nothing after them needs (the second reads the first's result): run only where they assert,
+# or are what is broken
 SLOW = [
     "policy = TabularPolicy(reference_logps)\nbefore = ",
+    "entropy = -(p * p.log()",
     "sets = torch.stack",
     "predicted = optimal",
     "labs = [make_lab",
