@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}
     command = (command | {"runs": _runs, "grade": _grade})[options.command]
     with contextlib.suppress(ValueError):  # not in the main thread, as in some tests
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell has made this process deaf to Ctrl-C
+            signal.signal(number, signal.default_int_handler)
     try:
         with contextlib.redirect_stdout(io.StringIO()) if launch_rank() > 0 else contextlib.nullcontext():
             return command(options)
