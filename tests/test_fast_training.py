@@ -1,6 +1,7 @@
 """Precision, memory and the cached reference: what makes training fit and fast without changing what is computed."""
 
 import copy
+import functools
 import gc
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def test_the_fused_gelu_is_gpt2s_gelu(tmp_path):
     ids = torch.arange(12)[None]
     torch.testing.assert_close(fused(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
     plain.save_pretrained(tmp_path)  # as GPT-2 comes: "gelu_new"
-    loaded = load_policy(replace(get_preset("tiny"), model=str(tmp_path)))
+    loaded = load_policy(replace(get_preset("tiny"), model=str(tmp_path), context=16))
     assert loaded.config.activation_function == "gelu_pytorch_tanh"
     assert type(loaded.transformer.h[0].mlp.act) is type(ACT2FN["gelu_pytorch_tanh"])
 
@@ -154,6 +155,7 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
         alive.append(num_models())
         return real_step(*arguments, **more)
 
+    @functools.wraps(real_pass)  # whose code the reference's file is known by
     def counting_pass(policy, rows, **more):
         passes.append(len(rows))
         return real_pass(policy, rows, **more)

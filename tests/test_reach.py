@@ -155,11 +155,11 @@ def with_sources(monkeypatch):
 
     def put(sources: dict[str, str]) -> None:
         monkeypatch.setattr(reach, "SOURCES", sources)
-        reach._package.cache_clear(), reach._version.cache_clear()
+        reach._package.cache_clear(), reach.code_version_of.cache_clear()
 
     yield put
     monkeypatch.undo()
-    reach._package.cache_clear(), reach._version.cache_clear()
+    reach._package.cache_clear(), reach.code_version_of.cache_clear()
 
 
 def test_each_kind_of_stage_is_redone_after_a_change_that_matters_and_found_after_one_that_does_not(quick, with_sources):

@@ -241,7 +241,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_trained(tmp_path, c
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(experiments, "train", None)
     places = {"tmp": tmp_path, "file": write_rows(tmp_path / "rows.jsonl")}
-    places["few"] = write_rows(tmp_path / "few.jsonl", 10)
+    places["few"] = write_rows(tmp_path / "few.jsonl", 15)
     places["equal"] = write_rows(tmp_path / "equal.jsonl", chosen="Nothing.")
     places["long"] = write_rows(tmp_path / "long.jsonl", chosen="x" * 1_000_001, number=2) if "{long}" in arguments else ""
     os.mkfifo(tmp_path / "pipe.json")
