@@ -1006,7 +1006,7 @@ def mean_kl(train):
 
 @second("planted_bug")
 def by_direct_questions(train):
-    run = train(beta=0.5)
+    run, loose = train(beta=1.0), train(beta=0.1)
     loss, score = run["loss"], run["score"]
     if abs(loss[0] - math.log(2)) > 0.01:
         return "other reference"
@@ -1016,7 +1016,7 @@ def by_direct_questions(train):
         return "gradients kept"
     if score[-1] < score[0]:
         return "swapped labels"
-    return "inverted beta" if train(beta=5.0)["kl"][-1] > run["kl"][-1] else "none"
+    return "inverted beta" if run["kl"][-1] > loose["kl"][-1] else "none"
 
 
 @wrong("planted_bug", "none of the usual mistakes")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
 SEEDS: random.Random = random.SystemRandom()  # the grader puts a seeded one in its place
-_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32's rounding in sums of dozens of terms; every mistake is off by far more
+_TOLERANCE = 1e-4  # relative: float32's rounding in sums of dozens of terms; every mistake is off by far more
 _USUAL = (  # mistakes that can be made in any task: what they make of a right result
     ("the sign is turned round", lambda right: -right),
     ("the logarithm is missing: this is its exponential", lambda right: right.exp()),
@@ -116,7 +116,7 @@ def call(function: Callable, *arguments: Any, names: Sequence[str] = (), allowed
     if isinstance(result, BaseException):
         raise Wrong("it runs", f"it raised {type(result).__name__}: {result}", given=given)
     for i, (before, after) in enumerate(zip(arguments, copies, strict=True)):
-        if not _same(before, after, exact=True):
+        if not _same(before, after, tolerance=0):
             name = names[i] if names else f"argument {i + 1}"
             why = f"{name} is changed in place (x += ..., x[...] = ..., x.sub_(...)): make a new tensor instead"
             raise Wrong("it leaves its inputs as they were", why, given=given, got=f"{name} = {show(after)} afterwards")
@@ -134,12 +134,14 @@ def compare(
     names: Sequence[str] = (),
     gradient: Sequence[int] = (),
     allowed: Sequence[str] = (),
+    tolerance: float = _TOLERANCE,
 ) -> None:
     """Passes where function and solution agree on every case, in value and in the gradient of the arguments `gradient`.
 
     Args:
         cases: (property, *arguments), from the smallest to the largest; the first that fails is reported.
         mistakes: (diagnosis, wrong function): the first that gives the student's results on every case names the cause.
+        tolerance: relative difference up to which numbers are equal; the absolute one is a tenth of it.
     Raises:
         Wrong: whatever `call` raises, or a value or a gradient that differs.
     """
@@ -152,15 +154,15 @@ def compare(
         except Wrong as wrong:
             raise first or wrong from None
         mine.append((value, _gradient(function, arguments, gradient, allowed)))
-        if first is None and not _same(mine[-1], right[-1]):
+        if first is None and not _same(mine[-1], right[-1], tolerance):
             first = _difference(property, given, mine[-1], right[-1], [names[i] for i in gradient])
     if first is None:
         return
     values, true = [value for value, _ in mine], [value for value, _ in right]
-    parts = slice(0, 2 if _same(values, true) else 1)  # gradients tell mistakes apart only where values are right
+    parts = slice(0, 2 if _same(values, true, tolerance) else 1)  # gradients tell mistakes apart only where values are right
     for diagnosis, mistake in (*mistakes, *((text, lambda *a, f=change: f(solution(*a))) for text, change in _USUAL)):
         wrong = (_outcome(mistake, arguments, gradient if parts.stop == 2 else ()) for _, *arguments in cases)
-        if all(_same(x[parts], y[parts]) for x, y in zip(mine, wrong, strict=True)):
+        if all(_same(x[parts], y[parts], tolerance) for x, y in zip(mine, wrong, strict=True)):
             raise Wrong(first.property, diagnosis, **first.shown)
     if why := _pattern(values, true):
         raise Wrong(first.property, why, **first.shown)
@@ -240,7 +242,7 @@ def _gradient(function: Callable, arguments: Sequence, indices: Sequence[int], a
     return _attempt(lambda: torch.autograd.grad(total, [inputs[i] for i in indices], materialize_grads=True), ())
 
 
-def _same(a: Any, b: Any, *, exact: bool = False) -> bool:
+def _same(a: Any, b: Any, tolerance: float = _TOLERANCE) -> bool:
     """Equal in kind, shape and value; nan equals nan; 2 equals 2.0; no exception equals another."""
     if isinstance(a, int | float) and isinstance(b, int | float) and isinstance(a, bool) == isinstance(b, bool):
         a, b = torch.tensor(float(a)), torch.tensor(float(b))
@@ -249,10 +251,9 @@ def _same(a: Any, b: Any, *, exact: bool = False) -> bool:
     if isinstance(a, Tensor):
         if a.shape != b.shape or _kind(a) != _kind(b):
             return False
-        tolerance = {"rtol": 0.0, "atol": 0.0} if exact else _TOLERANCE
-        return torch.allclose(a.detach().double(), b.detach().double(), equal_nan=True, **tolerance)
+        return torch.allclose(a.detach().double(), b.detach().double(), tolerance, tolerance / 10, equal_nan=True)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_same(x, y, exact=exact) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     return a == b
 
 
