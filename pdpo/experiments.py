@@ -181,16 +181,19 @@ def run_reward_model(sft: Run) -> RewardModel:
     return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
 
 
-def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
+def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = None) -> Evaluation:
     """Samples of one run's policy on the test prompts, judged by SBERT and, on `toy`, graded against the truth.
 
     Args:
-        run: of SFT or of a preference method; its preset names test prompts, samples a prompt (one at temperature 0), judge.
-        temperature: of the sampling, >= 0; its seed is the run's.
+        run: of SFT or of a preference method; its preset names test prompts, judge, and samples a prompt (one at temperature
+            0), of which the first `num_judged` go to the judge.
+        temperature: of the sampling, >= 0; its seed is the run's, so that all runs of a seed meet the same noise.
+        reference: what the KL is measured from; None is the SFT run that it started from.
     """
-    preset, sft = run.preset, run.sft
+    preset, sft = run.preset, reference or run.sft
     test = load_split(preset.data)[2]
     num_samples = preset.num_samples if temperature > 0 else 1
+    num_judged = min(preset.num_judged, num_samples)
 
     def build(folder: Path) -> None:
         policy, tokenizer = run.load_policy(), run.load_tokenizer()
@@ -202,7 +205,10 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
         repeated = [record for record in test for _ in range(num_samples)]
         chosen, rejected = [record.responses[0] for record in repeated], [record.responses[-1] for record in repeated]
         judge = load_judge(preset, cache_dir=runs_dir() / "judge")
-        columns = {"win": win_values(judge, [each.text for each in samples], chosen, rejected)}
+        judged = [i for i in range(len(samples)) if i % num_samples < num_judged]
+        texts, better, worse = ([each[i] for i in judged] for each in ([each.text for each in samples], chosen, rejected))
+        wins = dict(zip(judged, win_values(judge, texts, better, worse).tolist(), strict=True))
+        columns = {}
         if preset.data == "toy":
             columns |= toy_grades(samples)
         if temperature == 1:
@@ -210,6 +216,7 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
             columns |= {"kl": kl.exact, "kl_k1": kl.k1, "kl_k3": kl.k3, "num_tokens": kl.num_tokens}
         rows = [
             {"prompt": each.prompt, "text": each.text, "finished": each.finished, "chosen": chosen[i], "rejected": rejected[i]}
+            | ({"win": wins[i]} if i in wins else {})
             | {key: float(values[i]) for key, values in columns.items()}
             for i, each in enumerate(samples)
         ]
@@ -221,6 +228,7 @@ def run_win_rate(run: Run, *, temperature: float = 1.0) -> Evaluation:
         "temperature": temperature,
         "seed": run.seed,
         "num_samples": num_samples,
+        "num_judged": num_judged,
         "max_new_tokens": preset.max_new_tokens,
         "judge": judge_digest(preset.judge),
         "precision": preset.precision,

@@ -111,7 +111,8 @@ class Preset:
     betas: tuple[float, ...] = (0.05, 0.1, 0.3, 0.7, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     temperatures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    num_samples: int = 2  # responses a prompt when evaluated
+    num_samples: int = 32  # responses a prompt when evaluated; seconds each, where another seed costs minutes (notebook 08)
+    num_judged: int = 4  # of these, how many the judge sees
     max_new_tokens: int = 28
     judge: str = DEFAULT_JUDGE
 
@@ -150,7 +151,7 @@ PRESETS = {
         Preset(
             "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
             sft=TrainConfig("sft", 200, 16, 2e-3), preference=TrainConfig("dpo", 60, 8, 2e-4, beta=0.1),
-            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=16, num_samples=1, max_new_tokens=64, seeds=(0,),
+            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=16, num_samples=1, num_judged=1, max_new_tokens=64, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
         micro_batch_size=16, num_evaluations=4,
@@ -160,7 +161,7 @@ PRESETS = {
         Preset(
             "gpt2-medium", data="instructions", model="openai-community/gpt2-medium", context=1024,
             sft=TrainConfig("sft", 180, 16, 5e-5), preference=TrainConfig("dpo", 230, 8, 5e-6, beta=0.1),  # 3 and 2 epochs
-            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, max_new_tokens=96, seeds=(0,),
+            sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, num_judged=1, max_new_tokens=96, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
         micro_batch_size=16, precision="auto",

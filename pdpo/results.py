@@ -15,7 +15,7 @@ from pdpo.files import check_new_folder, read_json, replacing, shown
 from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import Preset, TrainConfig
 from pdpo.stages import check_large_files
-from pdpo.statistics import by_prompt, calibration
+from pdpo.statistics import calibration
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Run:
 class Evaluation:
     """A finished evaluation stage of one run: `rows`, one dict a sample, the samples of a prompt side by side.
 
-    Keys: prompt, text, finished, chosen, rejected, win (1, 0.5 or 0); on `toy` also score, correct, degenerate and a 0/1
-    for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a response) and num_tokens.
+    Keys: prompt, text, finished, chosen, rejected; win (1, 0.5 or 0) in the first samples of each prompt, those that the judge
+    saw; on `toy` also score, correct, degenerate and a 0/1 for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a
+    response) and num_tokens.
     """
 
     path: Path
@@ -85,9 +86,15 @@ class Evaluation:
 
     def column(self, key: str) -> np.ndarray:
         """(num_prompts,) the mean of `key` over each prompt's samples; prompts are the independent units."""
+        return self.samples(key).mean(1)
+
+    def samples(self, key: str) -> np.ndarray:
+        """(num_prompts, K) the values of `key`: K is num_samples, or for "win" the number that the judge saw."""
         if key not in self.rows[0]:
-            raise ValueError(f"Evaluation.column: expected one of {sorted(self.rows[0])}, got {key!r}.")
-        return by_prompt([row[key] for row in self.rows], self.num_samples)
+            raise ValueError(f"Evaluation: expected one of {sorted(self.rows[0])}, got {key!r}.")
+        return np.array([row[key] for row in self.rows if key in row], dtype=float).reshape(
+            len(self.rows) // self.num_samples, -1
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Sampling responses: batched, left-padded, with a key-value cache; rows that have ended are dropped."""
+"""Sampling responses: batched, left-padded, with a key-value cache; rows that have ended are dropped. Every policy meets the same
+noise, so that two policies' samples of a prompt differ only where the policies do."""
 
 from typing import NamedTuple
 
@@ -33,11 +34,13 @@ def sample(
 ) -> list[Sample]:
     """Responses to prompts (without template), num_samples of each: all of the first prompt, then all of the second, ...
 
-    Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax.
+    Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax. The noise
+    of a prompt, sample and position depends on the arguments below alone, never on the policy: paired differences of two policies
+    with one vocabulary are far less noisy than with independent samples (notebook 08).
 
     Args: temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
           max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
-          seed: the same seed, prompts and batch_size (sequences sampled at a time) give the same samples."""
+          seed: the same seed, prompts, num_samples and batch_size (sequences sampled at a time) give the same noise."""
     if not prompts:
         raise ValueError("sample: expected at least one prompt, got none.")
     if not temperature >= 0 or num_samples < 1 or (temperature == 0 and num_samples != 1):
@@ -51,24 +54,26 @@ def sample(
         )
     policy.eval()
     device = next(policy.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts for _ in range(num_samples)]
-    new_ids: list[list[int]] = [[] for _ in encoded]
-    for rows in in_batches([len(ids) for ids in encoded], batch_size):
+    seeds, generator = torch.Generator().manual_seed(seed), torch.Generator(device)
+    encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts]
+    new_ids: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
+    for rows in in_batches([len(ids) for ids in encoded], max(batch_size // num_samples, 1)):
+        generator.manual_seed(torch.randint(2**31, (), generator=seeds).item())
         with autocast(device, precision):
-            _extend(policy, [encoded[i] for i in rows], [new_ids[i] for i in rows], tokenizer.eos_token_id,
+            _extend(policy, [encoded[i] for i in rows], [each for i in rows for each in new_ids[i]], tokenizer.eos_token_id,
                     temperature, max_new_tokens, generator, device)  # fmt: skip
     samples = []
-    for i, (prompt_ids, response_ids) in enumerate(zip(encoded, new_ids, strict=True)):
-        finished = response_ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(response_ids[:-1] if finished else response_ids).strip()
-        samples.append(Sample(prompts[i // num_samples], text, Encoded(prompt_ids + response_ids, len(prompt_ids)), finished))
+    for prompt, prompt_ids, responses in zip(prompts, encoded, new_ids, strict=True):
+        for response_ids in responses:
+            finished = response_ids[-1] == tokenizer.eos_token_id
+            text = tokenizer.decode(response_ids[:-1] if finished else response_ids).strip()
+            samples.append(Sample(prompt, text, Encoded(prompt_ids + response_ids, len(prompt_ids)), finished))
     return samples
 
 
 def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, generator, device) -> None:
-    """Appends sampled tokens to each list in new_ids until its EOS or max_new_tokens."""
-    longest = max(map(len, prompt_ids))
+    """Appends sampled tokens to each list in new_ids, the same number for each prompt, until its EOS or max_new_tokens."""
+    longest, num_samples = max(map(len, prompt_ids)), len(new_ids) // len(prompt_ids)
     input_ids = torch.full((len(prompt_ids), longest), eos)
     attention_mask = torch.zeros(len(prompt_ids), longest, dtype=torch.long)
     for row, ids in enumerate(prompt_ids):  # left padding: the last prompt token of every row is in the last column
@@ -76,24 +81,32 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, gener
         attention_mask[row, longest - len(ids) :] = 1
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token has position 0
-    live, cache = list(range(len(prompt_ids))), None
-    for _ in range(max_new_tokens):
+    live, cache = torch.arange(len(new_ids), device=device), None
+    for step in range(max_new_tokens):
         output = policy(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        cache, logits = output.past_key_values, output.logits[:, -1].float()  # (B, V)
-        noisy = logits if temperature == 0 else gumbel_sample(logits / temperature, generator=generator)
-        tokens = noisy.argmax(-1)  # (B,)
-        for row, token in zip(live, tokens.tolist(), strict=True):
+        cache, logits = output.past_key_values, output.logits[:, -1].float()  # (P or B, V)
+        if step == 0 and num_samples > 1:  # the samples of a prompt share one pass over it
+            cache.batch_repeat_interleave(num_samples)
+            logits, attention_mask, position_ids = (
+                each.repeat_interleave(num_samples, 0) for each in (logits, attention_mask, position_ids)
+            )  # (B, ...), B = P * num_samples
+        if temperature > 0:  # noise for ended rows, too: what the others meet must not depend on who has ended
+            noise = gumbel_sample(logits.new_zeros(len(new_ids), logits.shape[1]), generator=generator)
+            logits = logits / temperature + noise[live]
+        tokens = logits.argmax(-1)  # (B,)
+        for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
             new_ids[row].append(token)
         going_on = (tokens != eos).nonzero().flatten()
         if len(going_on) == 0:
             return
         if len(going_on) < len(live):
-            live = [live[i] for i in going_on.tolist()]
             cache.batch_select_indices(going_on)
-            tokens, attention_mask, position_ids = tokens[going_on], attention_mask[going_on], position_ids[going_on]
+            live, tokens, attention_mask, position_ids = (
+                each[going_on] for each in (live, tokens, attention_mask, position_ids)
+            )
         input_ids = tokens[:, None]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], 1)
         position_ids = position_ids[:, -1:] + 1

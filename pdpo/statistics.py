@@ -2,14 +2,10 @@ r"""Means, intervals and frontiers of what was measured; numpy only.
 
 beta: KL strength; a larger beta keeps the policy closer to the reference."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-
-
-def by_prompt(values, num_samples: int) -> np.ndarray:
-    """(N * num_samples,) -> (N,): the mean over each prompt's samples, which are not independent of each other."""
-    return np.asarray(values, dtype=float).reshape(-1, num_samples).mean(1)
 
 
 def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -22,7 +18,7 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got {values.shape}. Average samples first (by_prompt)."
+            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got {values.shape}. Average samples first."
         )
     of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
@@ -37,6 +33,65 @@ def with_interval(key: str, values) -> dict[str, float]:
     """{key: mean, key_low, key_high}: a figure's row entries of values as `bootstrap_interval` takes them, with its 95 % interval."""
     low, high = bootstrap_interval(values)
     return {key: float(np.mean(values)), f"{key}_low": low, f"{key}_high": high}
+
+
+def variance_components(values) -> dict[str, float]:
+    """What a measurement varies with: variances of seed, prompt, seed x prompt and sample, in squared units of the values.
+
+    The mean over S seeds, N prompts and K samples of each has variance seed / S + prompt / N + both / (S N) + sample / (S N K).
+
+    Args: values: (S, N, K), K samples of each prompt from each seed's policy, or the paired differences of two policies.
+    Returns: seed, prompt, both, sample: unbiased estimates, of which one can come out below 0, and is then near 0.
+    Source: two-way random effects with replication, by expected mean squares; Searle 1992, "Variance components", section 4.3."""
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 3 or min(values.shape) < 2:
+        raise ValueError(f"variance_components: expected (S, N, K) values, each at least 2, got {values.shape}.")
+    num_seeds, num_prompts, num_samples = values.shape
+    cells, of_seed, of_prompt, mean = values.mean(2), values.mean((1, 2)), values.mean((0, 2)), values.mean()
+    within = values.var(2, ddof=1).mean()
+    rest = cells - of_seed[:, None] - of_prompt + mean
+    crossed = num_samples * (rest**2).sum() / ((num_seeds - 1) * (num_prompts - 1))
+    seeds, prompts = num_prompts * num_samples * of_seed.var(ddof=1), num_seeds * num_samples * of_prompt.var(ddof=1)
+    return {
+        "seed": (seeds - crossed) / (num_prompts * num_samples),
+        "prompt": (prompts - crossed) / (num_seeds * num_samples),
+        "both": (crossed - within) / num_samples,
+        "sample": within,
+    }
+
+
+def best_of(scores, n: int) -> np.ndarray:
+    """(..., K) scores of K samples -> (...): the expected best of n of them, drawn without replacement. Unbiased for best-of-n."""
+    scores = np.sort(np.asarray(scores, dtype=float), axis=-1)
+    num_samples = scores.shape[-1]
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"best_of: expected n from 1 to the {num_samples} samples, got {n}. Draw more samples.")
+    ways = [math.comb(rank, n - 1) for rank in range(num_samples)]  # to choose the other n - 1 among those below
+    return scores @ (np.array(ways) / math.comb(num_samples, n))
+
+
+def tilted(scores, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best policy for these scores, pi* = reference * exp(scores / beta) / Z, from samples of the reference.
+
+    beta: KL strength; a larger beta keeps the policy closer to the reference.
+
+    Args: scores: (..., K), of K samples of a prompt.
+    Returns: (...) each: its expected score, its KL from the reference in nats, and the number of samples that its weights amount
+        to, (sum w)^2 / sum w^2. Where that is small, both are too low: no reweighting finds what was not sampled.
+    Source: Rafailov 2023, arXiv:2305.18290, Eq. 4; self-normalised importance sampling."""
+    scores = np.asarray(scores, dtype=float)
+    weights = np.exp((scores - scores.max(-1, keepdims=True)) / beta)
+    weights /= weights.sum(-1, keepdims=True)
+    logs = np.log(np.maximum(weights, 1e-300) * scores.shape[-1])
+    return (weights * scores).sum(-1), (weights * logs).sum(-1), 1 / (weights**2).sum(-1)
+
+
+def holm(p_values) -> np.ndarray:
+    """(M,) p-values -> (M,) adjusted so that all are below 0.05 by chance alone at most once in twenty families. Holm 1979."""
+    p_values = np.asarray(p_values, dtype=float)
+    order, adjusted = np.argsort(p_values), np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate((len(p_values) - np.arange(len(p_values))) * p_values[order]), 1)
+    return adjusted
 
 
 def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]:
@@ -123,8 +178,11 @@ def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
 
 
 def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
-    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, and each seed's own height."""
+    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, the p-value of "no difference" (two
+    sides, normal, by the bootstrap's standard error), and each seed's own height."""
     values = resampled(lambda points: height_between(*points), [frontier, other])
     low, high = np.nanquantile(values, [0.025, 0.975])
     each = [height_between(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
-    return {"height": height_between(frontier.points(), other.points()), "low": low, "high": high, "seeds": each}
+    height = height_between(frontier.points(), other.points())
+    p_value = math.erfc(abs(height) / float(np.nanstd(values)) / math.sqrt(2))
+    return {"height": height, "low": float(low), "high": float(high), "p": p_value, "seeds": each}

@@ -29,7 +29,7 @@ def preset(folder: Path, **changes) -> Preset:
     settings = {
         "data": str(file), "vocab_size": 400, "embedding": 32, "layers": 1, "heads": 2, "context": 80,
         "sft": TrainConfig("sft", 12, 8, 6e-3, **small), "preference": TrainConfig("dpo", 6, 8, 2e-4, beta=0.1, **small),
-        "num_kl_prompts": 3, "max_new_tokens": 6, "checkpoint_seconds": 0.0,
+        "num_kl_prompts": 3, "max_new_tokens": 6, "num_samples": 2, "num_judged": 2, "checkpoint_seconds": 0.0,
     }  # fmt: skip
     return Preset("quick", **(settings | changes))
 

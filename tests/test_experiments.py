@@ -87,6 +87,7 @@ ALL = {"sft", "preference", "win_rate", "reward_model"}
         ({"max_new_tokens": 5}, {"preference", "win_rate"}),
         ({"temperature": 0.5}, {"win_rate"}),
         ({"num_samples": 3}, {"win_rate"}),
+        ({"num_judged": 1}, {"win_rate"}),
         ({"judge": "another"}, {"win_rate"}),
         ({"checkpoint_seconds": 9.0}, set()),
         ({"betas": (0.5,)}, set()),
@@ -213,12 +214,22 @@ def test_a_win_rate_has_a_row_for_each_sample_and_a_second_call_samples_nothing(
     assert [row["chosen"] for row in found.rows[::2]] == [record.responses[0] for record in test]
     assert [row["rejected"] for row in found.rows[1::2]] == [record.responses[-1] for record in test]
     assert found.column("win").shape == (len(test),) and set(row["win"] for row in found.rows) <= {0.0, 0.5, 1.0}
-    with pytest.raises(ValueError, match="Evaluation.column: expected one of .*'kl_k1'.*got 'score'"):
+    with pytest.raises(ValueError, match="Evaluation: expected one of .*'kl_k1'.*got 'score'"):
         found.column("score")
     greedy = run_win_rate(dpo, temperature=0.0)
     assert greedy.num_samples == 1 and len(greedy.rows) == len(test) and "kl" not in greedy.rows[0]
     monkeypatch.setattr(experiments, "sample", None)
     assert run_win_rate(dpo).rows == found.rows and trained == ["sft", "dpo"]
+
+
+def test_the_judge_sees_the_first_samples_of_a_prompt_and_the_kl_can_be_taken_from_another_run(quick):
+    sft, best = (run_sft(replace(quick, num_samples=3, num_judged=2, sft_all_responses=all)) for all in (True, False))
+    found = run_win_rate(best)
+    assert found.samples("win").shape == (len(found.rows) // 3, 2) and found.samples("kl").shape == (len(found.rows) // 3, 3)
+    assert ["win" in row for row in found.rows[:6]] == [True, True, False] * 2
+    other = run_win_rate(best, reference=sft)
+    assert [row["text"] for row in other.rows] == [row["text"] for row in found.rows]
+    assert (found.column("kl") == 0).all() and (other.column("kl") > 0).all()
 
 
 def test_on_the_toy_win_rates_come_with_grades(quick, monkeypatch):

@@ -93,6 +93,40 @@ def test_the_same_seed_gives_the_same_samples_and_another_seed_others(policy):
     assert draw(0) == first != draw(1)
 
 
+def test_what_a_prompt_is_answered_does_not_depend_on_when_the_others_end(policy):
+    """The noise of a prompt, sample and position is the same for every policy."""
+
+    class EndsOthers(torch.nn.Module):
+        config = policy.config
+
+        def forward(self, input_ids, **inputs):
+            output = policy(input_ids=input_ids, **inputs)
+            if inputs["past_key_values"] is None:
+                ended = (input_ids != tokens("12")[-1]).any(1) & (torch.arange(len(input_ids)) % 2 == 0)
+                output.logits[ended, :, 0] = 1e4
+            return output
+
+    options = {"temperature": 1.0, "max_new_tokens": 12, "seed": 0, "num_samples": 6}
+    other = EndsOthers()
+    other.register_parameter("weight", torch.nn.Parameter(torch.zeros(1)))
+    mine, theirs = sample(policy, TOKENIZER, PROMPTS, **options), sample(other, TOKENIZER, PROMPTS, **options)
+    ended = [i for i, each in enumerate(theirs) if each != mine[i]]
+    assert 12 < len(ended) < len(mine) and all(theirs[i].text == "" for i in ended)
+
+
+def test_two_policies_that_are_nearly_alike_answer_nearly_alike(policy):
+    """Paired differences are less noisy than those of independent samples."""
+    other = random_policy(0)
+    other.load_state_dict({key: value + 0.01 * value.abs().mean() for key, value in policy.state_dict().items()})
+    options = {"temperature": 1.0, "max_new_tokens": 12, "num_samples": 40}
+    mine = sample(policy, TOKENIZER, PROMPTS, seed=0, **options)
+    shared, independent = (
+        sum(a.text == b.text for a, b in zip(mine, sample(other, TOKENIZER, PROMPTS, seed=seed, **options), strict=True))
+        for seed in (0, 1)
+    )
+    assert shared > 0.8 * len(mine) and independent < 0.4 * len(mine)
+
+
 def test_long_prompts_are_cut_from_the_left_to_leave_room(policy):
     (long,) = sample(policy, TOKENIZER, ["1234" * 20], temperature=0, max_new_tokens=12, seed=0)
     assert long.encoded.input_ids[: long.encoded.num_prompt] == tokens("1234" * 20)[-20:]

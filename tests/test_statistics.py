@@ -1,34 +1,35 @@
 """Statistics on hand-made numbers: intervals against theory and scipy, calibration, Pareto set, frontiers and their heights."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
-from pdpo import experiments, toy
+from pdpo import exact, experiments, toy
 from pdpo.data import Preference, load_split, pairs
 from pdpo.presets import Preset
 from pdpo.sampling import Sample
 from pdpo.statistics import (
     Frontier,
+    best_of,
     bootstrap_interval,
-    by_prompt,
     calibration,
     frontier_rows,
     height_between,
     height_with_interval,
+    holm,
     pareto_set,
     resampled,
+    tilted,
+    variance_components,
     with_interval,
 )
 
 # intervals
-
-
-def test_by_prompt_averages_neighbours():
-    assert by_prompt([1, 2, 3, 4, 5, 9], 2).tolist() == [1.5, 3.5, 7] and by_prompt([1, 2], 1).tolist() == [1, 2]
 
 
 def test_the_interval_is_scipys_percentile_bootstrap_interval():
@@ -63,8 +64,57 @@ def test_with_a_row_for_each_seed_the_interval_covers_seeds_too():
 
 @pytest.mark.parametrize("values", [[1.0], [[[1.0, 2.0]]], [[1.0], [2.0]], [1.0, float("nan")]])
 def test_values_without_an_interval_are_refused(values):
-    with pytest.raises(ValueError, match="bootstrap_interval: expected at least 2 finite values.*by_prompt"):
+    with pytest.raises(ValueError, match="bootstrap_interval: expected at least 2 finite values.*Average samples first"):
         bootstrap_interval(values)
+
+
+# samples
+
+
+def test_variance_components_are_found_again_where_they_are_known_and_foretell_the_variance_of_the_mean():
+    rng = np.random.default_rng(0)
+    true = {"seed": 0.5, "prompt": 3.0, "both": 1.0, "sample": 7.0}
+
+    def drawn(shape):
+        num_seeds, num_prompts, _ = shape
+        parts = {"seed": (num_seeds, 1, 1), "prompt": (1, num_prompts, 1), "both": (num_seeds, num_prompts, 1), "sample": shape}
+        return sum(true[key] ** 0.5 * rng.normal(size=each) for key, each in parts.items())
+
+    found = [variance_components(drawn((4, 30, 3))) for _ in range(400)]
+    for key, value in true.items():
+        values = [each[key] for each in found]
+        assert np.mean(values) == pytest.approx(value, abs=4 * np.std(values) / 400**0.5)
+    means = [drawn((4, 30, 3)).mean() for _ in range(2000)]
+    assert np.var(means) == pytest.approx(0.5 / 4 + 3 / 30 + 1 / 120 + 7 / 360, rel=0.15)
+    with pytest.raises(ValueError, match="variance_components: expected .S, N, K. values"):
+        variance_components(np.ones((3, 4)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_best_of_n_is_the_mean_over_all_choices_of_n_samples(n):
+    scores = np.array([[3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0, 7.0]])
+    expected = [np.mean([max(each) for each in itertools.combinations(row, n)]) for row in scores.tolist()]
+    assert best_of(scores, n) == pytest.approx(expected)
+
+
+def test_best_of_more_samples_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="best_of: expected n from 1 to the 2 samples, got 3"):
+        best_of([1.0, 2.0], 3)
+
+
+def test_the_tilt_of_samples_is_the_exact_optimum_where_each_response_was_sampled_as_often_as_it_is_likely():
+    scores = np.array([1.0, 3.0, 3.0, 8.0])  # three responses, of probability 1/4, 1/2, 1/4
+    mean, kl, size = tilted(scores[None], 2.0)
+    reference = torch.tensor([0.25, 0.5, 0.25]).log().double()
+    optimum = exact.optimal_policy_logps(reference, torch.tensor([1.0, 3.0, 8.0]).double(), beta=2.0)
+    assert mean[0] == pytest.approx((optimum.exp() * torch.tensor([1.0, 3.0, 8.0])).sum().item())
+    assert kl[0] == pytest.approx(exact.kl_divergence(optimum, reference).item()) and 1 < size[0] < 4
+    assert tilted(scores, 1e9)[1:] == pytest.approx((0, 4), abs=1e-6) and tilted(scores, 1e-9)[0] == 8
+
+
+def test_holm_multiplies_the_smallest_p_value_by_the_number_of_comparisons_the_next_by_one_less():
+    assert holm([0.01, 0.4, 0.02, 0.3]) == pytest.approx([0.04, 0.6, 0.06, 0.6])
+    assert holm([0.9, 0.8]).tolist() == [1, 1]
 
 
 # calibration
