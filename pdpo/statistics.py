@@ -86,6 +86,11 @@ def tilted(scores, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (weights * scores).sum(-1), (weights * logs).sum(-1), 1 / (weights**2).sum(-1)
 
 
+def p_value(estimate: float, draws) -> float:
+    """Of "no difference", two sides: normal, with the standard deviation of the bootstrap's draws (M,) as standard error."""
+    return math.erfc(abs(estimate) / float(np.nanstd(draws)) / math.sqrt(2))
+
+
 def holm(p_values) -> np.ndarray:
     """(M,) p-values -> (M,) adjusted so that all are below 0.05 by chance alone at most once in twenty families. Holm 1979."""
     p_values = np.asarray(p_values, dtype=float)
@@ -178,11 +183,10 @@ def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
 
 
 def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
-    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, the p-value of "no difference" (two
-    sides, normal, by the bootstrap's standard error), and each seed's own height."""
+    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, its `p_value`, and each seed's own
+    height."""
     values = resampled(lambda points: height_between(*points), [frontier, other])
     low, high = np.nanquantile(values, [0.025, 0.975])
     each = [height_between(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
     height = height_between(frontier.points(), other.points())
-    p_value = math.erfc(abs(height) / float(np.nanstd(values)) / math.sqrt(2))
-    return {"height": height, "low": float(low), "high": float(high), "p": p_value, "seeds": each}
+    return {"height": height, "low": float(low), "high": float(high), "p": p_value(height, values), "seeds": each}
