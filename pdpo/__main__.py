@@ -173,7 +173,7 @@ def _train(options: argparse.Namespace) -> int:
         )
         evaluation = experiments.run_win_rate(run)
         wins = evaluation.column("win")
-        (low, high), ties = bootstrap_interval(wins), sum(row["win"] == 0.5 for row in evaluation.rows) / len(evaluation.rows)
+        (low, high), ties = bootstrap_interval(wins), (evaluation.samples("win") == 0.5).mean()
         print(
             f"{method}: SBERT win rate {wins.mean():.3f} [{low:.3f}, {high:.3f}], ties {ties:.3f}, at temperature 1 ({len(wins)} prompts)"
         )
