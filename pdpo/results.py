@@ -92,9 +92,8 @@ class Evaluation:
         """(num_prompts, K) the values of `key`: K is num_samples, or for "win" the number that the judge saw."""
         if key not in self.rows[0]:
             raise ValueError(f"Evaluation: expected one of {sorted(self.rows[0])}, got {key!r}.")
-        return np.array([row[key] for row in self.rows if key in row], dtype=float).reshape(
-            len(self.rows) // self.num_samples, -1
-        )
+        values = np.array([row[key] for row in self.rows if key in row], dtype=float)
+        return values.reshape(len(self.rows) // self.num_samples, -1)
 
 
 @dataclass(frozen=True)

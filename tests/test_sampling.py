@@ -62,7 +62,8 @@ def test_finished_rows_end_in_their_only_eos_and_others_are_as_long_as_allowed(p
 def test_response_frequencies_match_the_softmax_at_temperature(policy):
     """Whole responses of up to 3 tokens, two prompts of different length in one batch, rows ending on the way."""
     prompts, num_samples, every = ["12", "3 4 1 2 3 4"], 6000, responses(5, 3)
-    samples = sample(policy, TOKENIZER, prompts, temperature=0.7, max_new_tokens=3, seed=4, num_samples=num_samples)
+    options = {"num_samples": num_samples, "batch_size": 2 * num_samples}
+    samples = sample(policy, TOKENIZER, prompts, temperature=0.7, max_new_tokens=3, seed=4, **options)
     for prompt in prompts:
         expected = response_logps(policy, tokens(prompt), every, temperature=0.7).exp()
         assert expected.sum().item() == pytest.approx(1)
