@@ -214,6 +214,7 @@ def test_a_win_rate_has_a_row_for_each_sample_and_a_second_call_samples_nothing(
     assert [row["chosen"] for row in found.rows[::2]] == [record.responses[0] for record in test]
     assert [row["rejected"] for row in found.rows[1::2]] == [record.responses[-1] for record in test]
     assert found.column("win").shape == (len(test),) and set(row["win"] for row in found.rows) <= {0.0, 0.5, 1.0}
+    assert found.column("kl")[1] == np.mean([row["kl"] for row in found.rows if row["prompt"] == test[1].prompt])
     with pytest.raises(ValueError, match="Evaluation: expected one of .*'kl_k1'.*got 'score'"):
         found.column("score")
     greedy = run_win_rate(dpo, temperature=0.0)
