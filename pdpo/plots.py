@@ -215,7 +215,8 @@ def lines_with_intervals(
 def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figure, list[dict]]:
     """Score against KL, a line a method through its betas, with 95 % intervals in both directions.
 
-    Args: rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point. ylabel: what the score is."""
+    Args: rows: `statistics.frontier_rows`; a method with beta None (SFT) is one point. A row's "label", if it has one, stands beside
+          its point instead of beta. ylabel: what the score is."""
     figure, axes = plt.subplots(figsize=(7.0, 4.8))
     for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
@@ -224,8 +225,8 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
         axes.errorbar(*columns(mine, "kl", "score"), **errors, elinewidth=0.7, capsize=2, label=method, **look)
         beside = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": look["color"]}
         for row in mine:
-            if row["beta"] is not None:
-                axes.annotate(f"{row['beta']:g}", (row["kl"], row["score"]), **beside)
+            label = row.get("label", "" if row["beta"] is None else f"{row['beta']:g}")
+            axes.annotate(label, (row["kl"], row["score"]), **beside)
     axes.set(xlabel="KL(policy || reference) (nats a response)", ylabel=ylabel)
     axes.set_title(f"{title}\n(numbers: beta; bars: 95 % intervals over seeds and prompts)")
     axes.legend()
