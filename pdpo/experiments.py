@@ -186,7 +186,7 @@ def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = 
 
     Args:
         run: of SFT or of a preference method; its preset names test prompts, judge, and samples a prompt (one at temperature
-            0), of which the first `num_judged` go to the judge.
+            0), of which the first `num_judged` go to the judge, and are what the KL is measured on.
         temperature: of the sampling, >= 0; its seed is the run's, so that all runs of a seed meet the same noise.
         reference: what the KL is measured from; None is the SFT run that it started from.
     """
@@ -206,20 +206,19 @@ def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = 
         chosen, rejected = [record.responses[0] for record in repeated], [record.responses[-1] for record in repeated]
         judge = load_judge(preset, cache_dir=runs_dir() / "judge")
         judged = [i for i in range(len(samples)) if i % num_samples < num_judged]
-        texts, better, worse = ([each[i] for i in judged] for each in ([each.text for each in samples], chosen, rejected))
-        wins = dict(zip(judged, win_values(judge, texts, better, worse).tolist(), strict=True))
-        columns = {}
-        if preset.data == "toy":
-            columns |= toy_grades(samples)
+        few, better, worse = ([each[i] for i in judged] for each in (samples, chosen, rejected))
+        closer = {"win": win_values(judge, [each.text for each in few], better, worse)}
         if temperature == 1:
-            kl = sequence_kl(policy, sft.load_policy(), samples, batch_size=preset.micro_batch_size, precision=preset.precision)
-            columns |= {"kl": kl.exact, "kl_k1": kl.k1, "kl_k3": kl.k3, "num_tokens": kl.num_tokens}
+            kl = sequence_kl(policy, sft.load_policy(), few, batch_size=preset.micro_batch_size, precision=preset.precision)
+            closer |= {"kl": kl.exact, "kl_k1": kl.k1, "kl_k3": kl.k3, "num_tokens": kl.num_tokens}
         rows = [
             {"prompt": each.prompt, "text": each.text, "finished": each.finished, "chosen": chosen[i], "rejected": rejected[i]}
-            | ({"win": wins[i]} if i in wins else {})
-            | {key: float(values[i]) for key, values in columns.items()}
             for i, each in enumerate(samples)
         ]
+        for indices, columns in ((judged, closer), (range(len(rows)), toy_grades(samples) if preset.data == "toy" else {})):
+            for key, values in columns.items():
+                for i, value in zip(indices, values, strict=True):
+                    rows[i][key] = float(value)
         write_json(folder / "rows.json", rows)
 
     determinants = {

@@ -112,7 +112,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     temperatures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_samples: int = 32  # responses a prompt when evaluated; seconds each, where another seed costs minutes (notebook 08)
-    num_judged: int = 4  # of these, how many the judge sees
+    num_judged: int = 4  # of these, how many the judge sees and the KL is measured on
     max_new_tokens: int = 28
     judge: str = DEFAULT_JUDGE
 

@@ -74,9 +74,9 @@ class Run:
 class Evaluation:
     """A finished evaluation stage of one run: `rows`, one dict a sample, the samples of a prompt side by side.
 
-    Keys: prompt, text, finished, chosen, rejected; win (1, 0.5 or 0) in the first samples of each prompt, those that the judge
-    saw; on `toy` also score, correct, degenerate and a 0/1 for each tone; at temperature 1 also kl, kl_k1, kl_k3 (nats a
-    response) and num_tokens.
+    Keys: prompt, text, finished, chosen, rejected; on `toy` also score, correct, degenerate and a 0/1 for each tone. The first
+    samples of each prompt, those that were looked at more closely, also have win (1, 0.5 or 0) and, at temperature 1, kl, kl_k1,
+    kl_k3 (nats a response) and num_tokens.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class Evaluation:
         return self.samples(key).mean(1)
 
     def samples(self, key: str) -> np.ndarray:
-        """(num_prompts, K) the values of `key`: K is num_samples, or for "win" the number that the judge saw."""
+        """(num_prompts, K) the values of `key`: K is num_samples, or the number of those that have this key."""
         if key not in self.rows[0]:
             raise ValueError(f"Evaluation: expected one of {sorted(self.rows[0])}, got {key!r}.")
         values = np.array([row[key] for row in self.rows if key in row], dtype=float)
