@@ -1,4 +1,4 @@
-"""run executes the notebooks; train and sweep train on a preference file; export-trl hands over to TRL; runs, grade: see --help."""
+"""run executes the notebooks; train and sweep train on a preference file; sample asks a policy; export-trl hands over to TRL."""
 
 import argparse
 import contextlib
@@ -16,8 +16,11 @@ import joblib
 from pdpo import data, experiments
 from pdpo.device import device, end_children
 from pdpo.distributed import is_leader, launch_rank, launched, process_group
-from pdpo.files import check_new_folder, check_writable, disk_trouble, replacing, write_csv
+from pdpo.encoding import chat_template
+from pdpo.files import check_new_folder, check_writable, disk_trouble, read_json, replacing, write_csv
+from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import METHODS, PRESETS, Preset, get_preset
+from pdpo.sampling import sample
 from pdpo.stages import runs_dir
 from pdpo.statistics import bootstrap_interval, with_interval
 
@@ -55,6 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
     export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
     export.add_argument("--seed", type=int, default=0)
+    ask = commands.add_parser("sample", help="what a trained policy answers")
+    ask.add_argument("policy", type=Path, metavar="DIR", help="a folder that `train --out` wrote")
+    ask.add_argument("prompt", nargs="*", help="prompts, each in quotes; default: the lines of standard input")
+    ask.add_argument("--compare", type=Path, nargs="+", default=[], metavar="DIR", help="other folders, asked the same")
+    ask.add_argument("--chat", action="store_true", help="ask one prompt after another; each is answered by itself")
+    ask.add_argument(
+        "--temperature", type=float, default=0.0, help="of the sampling; default: 0, the likeliest token each time"
+    )
+    ask.add_argument("--samples", type=int, default=1, help="answers to each prompt; default: 1")
+    ask.add_argument("--max-new-tokens", type=int, default=64, help="default: 64, or half of what the policy was trained with")
+    ask.add_argument("--seed", type=int, default=0, help="all policies meet the same noise; default: 0")
     grade = commands.add_parser("grade", help="check the functions in a folder of exercise notebooks")
     grade.add_argument("folder", type=Path, metavar="DIR", help="the notebooks handed in; a sub-folder is a student's")
     grade.add_argument("--out", type=Path, default=Path("grades.csv"), help="a new CSV file; default: grades.csv")
@@ -69,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         each.add_argument("--debug", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
     command = {"run": _run, "train": _train, "sweep": _sweep, "export-trl": _export_trl}
-    command = (command | {"runs": _runs, "grade": _grade})[options.command]
+    command = (command | {"sample": _sample, "runs": _runs, "grade": _grade})[options.command]
     with contextlib.suppress(ValueError):  # not in the main thread, as in some tests
         for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell has made this process deaf to Ctrl-C
             signal.signal(number, signal.default_int_handler)
@@ -247,6 +261,51 @@ def _measurements(evaluation: experiments.Evaluation) -> dict:
         **with_interval("win", evaluation.column("win")),
         **score,
     }
+
+
+def _sample(options: argparse.Namespace) -> int:
+    policies = {folder: _saved_policy(folder) for folder in [options.policy, *options.compare]}
+    prompts = options.prompt
+    if options.chat or not prompts:
+        typed = sys.stdin.isatty()
+        if typed:
+            print("A line is a prompt, answered by itself: these policies know no earlier turns. Ctrl-D ends.")
+        prompts = itertools.chain(prompts, map(str.rstrip, iter(lambda: _typed("> " if typed else ""), None)))
+    for prompt in filter(None, prompts):
+        if not options.chat:
+            print(prompt)
+        for folder, (policy, tokenizer) in policies.items():
+            found = sample(
+                policy, tokenizer, [prompt], temperature=options.temperature, seed=options.seed, num_samples=options.samples,
+                max_new_tokens=min(options.max_new_tokens, tokenizer.model_max_length // 2),
+            )  # fmt: skip
+            name = f"{folder.name}: " if len(policies) > 1 else ""
+            for each in found:
+                print(f"  {name}{each.text}" + ("" if each.finished else " ..."))
+    return 0
+
+
+def _typed(question: str) -> str | None:
+    """A line of standard input; None at its end."""
+    try:
+        return input(question)
+    except EOFError:
+        return None
+
+
+def _saved_policy(folder: Path) -> tuple:
+    """The policy that `train --out` saved in this folder, and its tokenizer."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{folder}: expected a folder that `train --out` wrote, got one without tokenizer_config.json.")
+    context = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    preset = replace(get_preset("small"), model=str(folder), context=context)
+    tokenizer = load_tokenizer(preset)
+    if tokenizer.chat_template != chat_template(tokenizer):
+        raise ValueError(
+            f"{folder}: expected a policy with this kit's chat template, got another or none. Train it with `python -m pdpo train`; "
+            "other models are asked through transformers."
+        )
+    return load_policy(preset).to(device()), tokenizer
 
 
 def _export_trl(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The one path from text to tokens, for SFT, preference training, sampling and evaluation."""
 
+import json
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,19 @@ def encode_prompt(tokenizer, prompt: str, *, max_length: int | None = None) -> l
     first = first_ids(tokenizer)
     surplus = 0 if max_length is None else max(len(first) + len(ids) - max_length, 0)
     return first[:max_length] + ids[surplus:]
+
+
+def chat_template(tokenizer) -> str:
+    """TEMPLATE as the Jinja text that a saved tokenizer carries, so that `apply_chat_template`, pipelines, vLLM and TRL ask a policy
+    in the words that it was trained on. Several messages become one prompt as those of a preference file do."""
+    before, after = (json.dumps(part) for part in TEMPLATE.split("{prompt}"))
+    return (
+        ("{{ bos_token }}" if first_ids(tokenizer) else "")
+        + "{% set answered = messages[-1]['role'] == 'assistant' %}{% set prompt = messages[:-1] if answered else messages %}"
+        + "{{ " + before + " }}{% if prompt | length == 1 %}{{ prompt[0]['content'] | trim }}{% else %}{% for each in prompt %}"
+        + "{{ each['role'] + ': ' + each['content'] | trim }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}{% endif %}"
+        + "{{ " + after + " }}{% if answered %}{{ messages[-1]['content'] | trim + eos_token }}{% endif %}"
+    )  # fmt: skip
 
 
 def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = None) -> Encoded:

@@ -20,7 +20,7 @@ import transformers
 from pdpo.data import Preference, fingerprint, load_split, pairs
 from pdpo.device import device, num_cores
 from pdpo.distributed import is_leader, launch_size, on_leader, world_size
-from pdpo.encoding import encode_records
+from pdpo.encoding import chat_template, encode_records
 from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grades, win_values
 from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
 from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision
@@ -333,6 +333,7 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     if not is_leader():
         return
     policy.save_pretrained(folder / "policy")
+    tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder / "policy")
     write_json(folder / "history.json", history)
     for left in folder.glob("*checkpoint.pt*"):  # also one that a killed process was writing

@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdpo import experiments, runner
 from pdpo.__main__ import main
 from pdpo.data import load_split
+from pdpo.experiments import copy_run, run_preference, run_sft
 from pdpo.presets import PRESETS, with_config
 
 BROKEN = '{"prompt": "a", "chosen": "b"}\n'
@@ -145,3 +147,29 @@ def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):
     header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     assert header == ["method", "beta", "seed", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
     assert row[0] == "sft" and 1 <= float(row[-1]) <= 10
+
+
+def test_a_saved_policy_answers_as_it_was_trained_here_and_through_transformers(quick, tmp_path, monkeypatch, capsys):
+    """`sample`, and `pipeline("text-generation")` with the chat template that lies in the folder, give the same greedy answer."""
+    long = replace(quick, sft=replace(quick.sft, steps=150))
+    sft = run_sft(long)
+    folders = [str(copy_run(each, tmp_path / each.method)) for each in (sft, run_preference(sft, method="dpo", beta=0.1))]
+    prompt = load_split(quick.data)[2][0].prompt
+    assert main(["sample", folders[0], prompt, "--compare", folders[1], "--max-new-tokens", "12"]) == 0
+    first, answer, other = capsys.readouterr().out.splitlines()
+    assert first == prompt and answer.startswith("  sft: ") and other.startswith("  dpo: ")
+    generate = transformers.pipeline("text-generation", model=folders[0], device="cpu")
+    reply = generate([{"role": "user", "content": prompt}], do_sample=False, max_new_tokens=12)[0]["generated_text"][-1][
+        "content"
+    ]
+    assert reply.strip() and answer.removeprefix("  sft: ").removesuffix(" ...") == reply.strip()
+
+    lines = iter([prompt, ""])
+    monkeypatch.setattr("builtins.input", lambda question: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    assert main(["sample", folders[0], "--chat", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out.splitlines() == [answer.replace("sft: ", "")]
+
+
+def test_a_folder_that_is_no_policy_of_the_kit_is_refused(tmp_path, capsys):
+    assert main(["sample", str(tmp_path), "Hello"]) == 2
+    assert "expected a folder that `train --out` wrote" in capsys.readouterr().err

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pdpo.data import Preference, load_preferences
-from pdpo.encoding import TEMPLATE, Encoded, collate, encode, encode_prompt, encode_records, response_fits
+from pdpo.encoding import TEMPLATE, Encoded, chat_template, collate, encode, encode_prompt, encode_records, response_fits
+from pdpo.files import _without_messages
 
 TEXTS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -39,6 +40,22 @@ def test_the_real_files_sequences_are_their_two_parts_under_gpt2s_vocabulary(sha
         for text in record.responses:
             encoded = encode(gpt2_tokenizer, record.prompt, text)
             assert encoded.input_ids == prompt + ids(gpt2_tokenizer, text) + [50256] and encoded.num_prompt == len(prompt)
+
+
+def test_the_saved_chat_template_gives_the_tokens_of_training(any_tokenizer):
+    def chat(*messages):
+        roles = [{"role": role, "content": content} for role, content in messages]
+        return any_tokenizer.apply_chat_template(roles, chat_template=chat_template(any_tokenizer), return_dict=False)
+
+    for prompt, response in TEXTS:
+        assert chat(("user", prompt)) == encode_prompt(any_tokenizer, prompt)
+        assert (
+            chat(("user", prompt), ("assistant", response))
+            == encode(any_tokenizer, prompt, response, max_length=1000).input_ids
+        )
+    several = [("system", "Be brief."), ("user", "Hello "), ("assistant", "Yes?"), ("user", "Who?")]
+    row = {"prompt": [{"role": role, "content": text} for role, text in several], "chosen": "a", "rejected": "b"}
+    assert chat(*several) == encode_prompt(any_tokenizer, _without_messages(row)["prompt"])
 
 
 def test_a_special_token_spelled_out_in_a_text_stays_text(any_tokenizer):
