@@ -96,7 +96,8 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
 
     Args:
         sft: where to start from.
-        method: "dpo", "odpo", "slic" or "plackett_luce". Where the data has no scores, ODPO takes those of `run_reward_model`.
+        method: "dpo", "odpo", "ipo", "edpo", "slic" or "plackett_luce". ODPO where the data has no scores, and e-DPO where any
+            are missing, take those of `run_reward_model`.
         beta: KL strength; a larger beta keeps the policy closer to the reference.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         changes: other hyperparameters than those of the preset (`preset.preference`): fields of `TrainConfig`, such as
@@ -109,8 +110,9 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
     held_out_records = validation if ranked else pairs(validation)
     if records is None:
         records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed)
-    unscored = method == "odpo" and not any(record.scores for record in records)
-    if unscored and config.offset_scale == "log_ratio":
+    num_unscored = sum(record.scores is None for record in records + held_out_records)
+    unscored = num_unscored > 0 if method == "edpo" else method == "odpo" and not any(record.scores for record in records)
+    if unscored and method == "odpo" and config.offset_scale == "log_ratio":
         raise ValueError(
             "run_preference: expected offset_scale 'log', 'identity' or 'mean' for data without scores, got 'log_ratio'. It "
             "needs scores > 0, and those of a reward model lie around 0."
@@ -120,7 +122,7 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
     def build(folder: Path) -> None:
         scored, scored_held_out = records, held_out_records
         if reward_model:
-            print(f"odpo: this data has no scores; offsets are made from those of {reward_model}")
+            print(f"{method}: {num_unscored} pairs have no scores; all are given those of {reward_model}")
             scored, scored_held_out = reward_model.scored(records), reward_model.scored(held_out_records)
         tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]

@@ -11,7 +11,7 @@ from pdpo.device import PRECISIONS, choose_precision, num_cores
 from pdpo.reach import in_key
 
 DEFAULT_JUDGE = "sentence-transformers/all-MiniLM-L6-v2"
-METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
+METHODS = ("sft", "dpo", "odpo", "ipo", "edpo", "slic", "plackett_luce")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class TrainConfig:
     """One run's hyperparameters; a checkpoint refuses to go on under other ones.
 
     Attributes:
-        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "slic" or "plackett_luce".
+        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "ipo", "edpo" (rows carry differences of scores), "slic" or
+            "plackett_luce".
         steps: optimizer steps.
         batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
         lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.

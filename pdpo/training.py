@@ -18,7 +18,7 @@ from pdpo.device import autocast
 from pdpo.distributed import broadcast_weights, gather, launch_rank, on_leader, share, sum_gradients, summed, world_size
 from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
-from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
+from pdpo.losses import dpo_loss, ipo_loss, plackett_luce_loss, reward_distillation_loss, score_offset, sft_loss, slic_loss
 from pdpo.presets import TrainConfig
 from pdpo.trees import supports_trees, tree_logps
 
@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         sequences: K encoded responses.
-        offset: ODPO's demanded margin; 0 is DPO.
+        offset: the margin that is demanded: ODPO's offset (0 is DPO), or the difference of scores that e-DPO regresses on.
         reference_logps: K numbers in nats, once `with_reference_logps` has run.
     """
 
@@ -45,14 +45,20 @@ class Row:
 
 
 def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -> list[Row]:
-    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
+    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores), for e-DPO
+    with the difference of the scores, which every record must have."""
     offsets = [0.0] * len(records)
     scored = [i for i, record in enumerate(records) if record.scores is not None]
-    if config.method == "odpo" and scored:
+    regressed = config.method == "edpo"
+    if regressed and len(scored) < len(records):
+        raise ValueError(
+            f"preference_rows: edpo expected scores for all {len(records)} records, got {len(scored)}. Score the others."
+        )
+    if (regressed or config.method == "odpo") and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        is_control = config.offset_scale == "mean"
-        scale = "log" if is_control else config.offset_scale
-        values = score_offset(scores[:, 0], scores[:, 1], alpha=config.alpha, scale=scale)
+        is_control = config.offset_scale == "mean" and not regressed
+        scale = "identity" if regressed else "log" if is_control else config.offset_scale
+        values = score_offset(scores[:, 0], scores[:, 1], alpha=1.0 if regressed else config.alpha, scale=scale)
         values = values.mean().expand(len(scored)) if is_control else values
         for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
@@ -120,10 +126,14 @@ def row_losses(
         chosen, rejected = rewards[:, 0], rewards[:, -1]
     else:
         pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
+        offset = torch.tensor([row.offset for row in rows], device=logps.device)  # (B,)
         if config.method == "slic":
             losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+        elif config.method == "ipo":
+            losses, chosen, rejected = ipo_loss(*pair, beta=config.beta)
+        elif config.method == "edpo":
+            losses, chosen, rejected = reward_distillation_loss(*pair, offset, beta=config.beta)
         else:
-            offset = torch.tensor([row.offset for row in rows], device=logps.device)
             losses, chosen, rejected = dpo_loss(*pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing)
     margins = chosen - rejected
     # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise

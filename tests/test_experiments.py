@@ -80,6 +80,7 @@ ALL = {"sft", "preference", "win_rate", "reward_model"}
         ({"beta": 0.3}, {"preference", "win_rate"}),
         ({"method": "odpo"}, {"preference", "win_rate"}),
         ({"method": "plackett_luce"}, {"preference", "win_rate"}),
+        ({"method": "edpo"}, {"preference", "win_rate"}),
         ({"label_smoothing": 0.1}, {"preference", "win_rate"}),
         ({"preference": {"lr": 1e-3}}, {"preference", "win_rate"}),
         ({"preference": {"precision": "bfloat16"}}, {"preference", "win_rate", "reward_model"}),
@@ -114,13 +115,16 @@ def test_other_data_makes_other_stages(quick, keys, tmp_path):
 # preference training
 
 
-def test_odpo_rows_carry_the_offset_that_their_scores_demand_and_the_control_its_mean(tiny_tokenizer):
+def test_odpo_rows_carry_the_offset_that_their_scores_demand_the_control_its_mean_and_e_dpo_the_difference(tiny_tokenizer):
     records = pdpo.pairs(pdpo.load_preferences("toy")[:5])
     config = TrainConfig("odpo", 1, 1, 1e-3, beta=0.1, alpha=0.5)
-    log, mean, dpo = (
+    log, mean, dpo, difference = (
         [row.offset for row in preference_rows(tiny_tokenizer, records, replace(config, **change))]
-        for change in ({}, {"offset_scale": "mean"}, {"method": "dpo"})
+        for change in ({}, {"offset_scale": "mean"}, {"method": "dpo"}, {"method": "edpo", "offset_scale": "mean"})
     )
+    assert difference == [record.scores[0] - record.scores[1] for record in records]
+    with pytest.raises(ValueError, match="edpo expected scores for all .* got 1. Score the others"):
+        preference_rows(tiny_tokenizer, [records[0], replace(records[1], scores=None)], replace(config, method="edpo"))
     assert log == pytest.approx([0.5 * np.log(record.scores[0] - record.scores[1]) for record in records])
     assert len(set(log)) > 2 and set(dpo) == {0.0}
     assert set(mean) == {mean[0]} and mean[0] == pytest.approx(np.mean(log))
@@ -156,17 +160,19 @@ def unscored(quick):
     return quick
 
 
-def test_odpo_without_scores_takes_those_of_the_reward_model_and_says_so(unscored, capsys, monkeypatch):
+@pytest.mark.parametrize("method", ["odpo", "edpo"])
+def test_without_scores_those_of_the_reward_model_are_taken_which_is_said(unscored, capsys, monkeypatch, method):
     seen, train = [], experiments.train
     monkeypatch.setattr(experiments, "train", lambda policy, rows, *a, **o: seen.append(rows) or train(policy, rows, *a, **o))
-    run = run_dpo(unscored, method="odpo")
+    run = run_dpo(unscored, method=method)
     said = capsys.readouterr().out
-    assert "no scores" in said and "held-out pairs right" in said
+    assert f"{method}: " in said and "no scores" in said and "held-out pairs right" in said
     reward_model = run_reward_model(run.sft)
     assert json.loads((run.path / "stage.json").read_text())["config"]["reward_model"] == reward_model.path.name
     made = reward_model.scored(pdpo.pairs(pdpo.load_split(unscored.data)[0], num_per_prompt=unscored.pairs_per_prompt))
     differences = np.array([record.scores[0] - record.scores[1] for record in made])
-    expected = np.where(differences > 0, run.train.alpha * np.log(np.abs(differences)), 0)  # flipped pairs get 0
+    odpo = np.where(differences > 0, run.train.alpha * np.log(np.abs(differences)), 0)  # flipped pairs get 0
+    expected = odpo if method == "odpo" else differences
     assert [row.offset for row in seen[-1]] == pytest.approx(expected.tolist(), abs=1e-4) and (differences > 0).mean() > 0.6
     run_dpo(unscored)
     assert {row.offset for row in seen[-1]} == {0.0} and "no scores" not in capsys.readouterr().out

@@ -56,7 +56,7 @@ def step_without_update(policy, rows, config) -> tuple[dict, torch.Tensor]:
 # one step
 
 
-@pytest.mark.parametrize("method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("plackett_luce", 10)])
+@pytest.mark.parametrize("method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("edpo", 4), ("plackett_luce", 10)])
 def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
     policy, rows, config = worker.parts(method)
     rows = rows[:13]
@@ -90,13 +90,16 @@ def test_the_sft_loss_is_transformers_own_loss_with_its_gradient():
     assert (found - gradient(policy)).norm() < 1e-5 * found.norm()
 
 
-@pytest.mark.parametrize("method, expected", [("dpo", math.log(2)), ("plackett_luce", math.log(24))])
-def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings(method, expected):
+@pytest.mark.parametrize(
+    "method, expected", [("dpo", math.log(2)), ("plackett_luce", math.log(24)), ("ipo", 25.0), ("edpo", None)]
+)
+def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings_or_at_the_squared_target(method, expected):
     policy, rows, config = worker.parts(method)
+    expected = expected or sum(row.offset**2 for row in rows) / len(rows)
     record, _ = step_without_update(policy, rows, config)
     evaluated = evaluate_rows(policy, rows, config)
     for found in (record, {key.removeprefix("eval_"): value for key, value in evaluated.items()}):
-        assert found["loss"] == pytest.approx(expected, abs=1e-5)
+        assert found["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-5)
         assert found["accuracy"] == pytest.approx(0.5)  # not the sign of rounding errors
         for key in ("margin", "chosen_reward", "rejected_reward"):
             assert found[key] == pytest.approx(0, abs=1e-5)
@@ -132,14 +135,25 @@ def test_an_offset_and_label_smoothing_reach_the_loss():
         torch.testing.assert_close(losses.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_slic_trains_on_the_papers_hinge():
-    policy, rows, config = worker.parts("dpo")
-    config = replace(config, method="slic", beta=0.5)
-    logps = policy_logps(policy, rows).detach()
-    losses, measured = row_losses(policy, rows, config)
-    hinge = (2 - logps[:, 0] + logps[:, 1]).clamp(min=0) - SLIC_REGULARIZATION * logps[:, 0]
-    torch.testing.assert_close(losses.detach(), hinge)
-    assert measured["margin"].abs().max() < 1e-4  # the policy is still the reference
+@pytest.mark.parametrize(
+    "method, formula",
+    [
+        ("slic", lambda w, l, margin, offset: (2 - w + l).clamp(min=0) - SLIC_REGULARIZATION * w),
+        ("ipo", lambda w, l, margin, offset: (margin / 0.5 - 1) ** 2),
+        ("edpo", lambda w, l, margin, offset: (offset - margin) ** 2),
+    ],
+)
+def test_a_method_trains_on_its_papers_formula(method, formula):
+    policy, rows, config = worker.parts(method)
+    policy.lm_head.weight.data *= 3  # away from the reference
+    logps, reference = policy_logps(policy, rows).detach(), torch.tensor([row.reference_logps for row in rows])
+    losses, measured = row_losses(policy, rows, replace(config, beta=0.5))
+    margins = 0.5 * (logps - reference)
+    margins = margins[:, 0] - margins[:, 1]
+    expected = formula(logps[:, 0], logps[:, 1], margins, torch.tensor([row.offset for row in rows]))
+    torch.testing.assert_close(losses.detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(measured["margin"], margins, rtol=1e-4, atol=1e-4)
+    assert margins.std() > 0.1
 
 
 @pytest.mark.parametrize("reference_logp, scaler", [(math.nan, torch.amp.GradScaler("cpu")), (math.inf, None)])
@@ -178,7 +192,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
     assert learning_rate(replace(config, steps=1), 0) == 2.0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce", "ipo", "edpo"])
 def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measurements_where_asked(method):
     policy, rows, config = worker.parts(method)
     config, seen = replace(config, steps=11, num_evaluations=2), []
@@ -238,6 +252,7 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"alpha": -0.1}, "alpha >= 0 .* got -0.1"),
         ({"offset_scale": "cubic"}, "offset_scale .* 'cubic'"),
         ({"method": "slic", "label_smoothing": 0.1}, "label_smoothing 0 for slic"),
+        ({"method": "edpo", "beta": None}, "beta > 0 for edpo"),
         ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "got steps 0"),

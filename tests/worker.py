@@ -33,9 +33,11 @@ def _parts(method: str):
     records = toy.load()[::40]
     tokenizer = train_tokenizer(records, vocab_size=400)
     policy = load_policy(PRESET, tokenizer=tokenizer, seed=1)
-    if method in ("dpo", "odpo"):
+    if method not in ("sft", "plackett_luce"):
         records = pairs(records, num_per_prompt=2)
-    rows = [Row(tuple(each)) for each in encode_records(tokenizer, records, max_length=80)]
+    offsets = [record.scores[0] - record.scores[1] if method == "edpo" else 0.0 for record in records]
+    encoded = encode_records(tokenizer, records, max_length=80)
+    rows = [Row(tuple(each), offset) for each, offset in zip(encoded, offsets, strict=True)]
     if method == "sft":
         return policy, [Row((each,)) for row in rows for each in row.sequences]
     return policy, with_reference_logps(policy, rows, micro_batch_size=16)
