@@ -28,6 +28,7 @@ def sample(
     max_new_tokens: int,
     seed: int,
     num_samples: int = 1,
+    top_p: float = 1.0,
     batch_size: int = 512,
     precision: str = "float32",
 ) -> list[Sample]:
@@ -36,6 +37,7 @@ def sample(
     Drawn by the Gumbel argument of notebook 01: the argmax of logits / temperature + Gumbel noise follows their softmax.
 
     Args: temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
+          top_p: in (0, 1]; 1 leaves no token out, see `within_top_p`, which comes after the temperature.
           max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
           seed: the same seed, prompts and batch_size (sequences sampled at a time) give the same samples."""
     if not prompts:
@@ -44,6 +46,8 @@ def sample(
         raise ValueError(
             f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature}, num_samples {num_samples}."
         )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"sample: expected 0 < top_p <= 1, got {top_p}. 1 samples from all tokens.")
     room = tokenizer.model_max_length - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ValueError(
@@ -57,7 +61,7 @@ def sample(
     for rows in in_batches([len(ids) for ids in encoded], batch_size):
         with autocast(device, precision):
             _extend(policy, [encoded[i] for i in rows], [new_ids[i] for i in rows], tokenizer.eos_token_id,
-                    temperature, max_new_tokens, generator, device)  # fmt: skip
+                    temperature, top_p, max_new_tokens, generator, device)  # fmt: skip
     samples = []
     for i, (prompt_ids, response_ids) in enumerate(zip(encoded, new_ids, strict=True)):
         finished = response_ids[-1] == tokenizer.eos_token_id
@@ -66,7 +70,17 @@ def sample(
     return samples
 
 
-def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, generator, device) -> None:
+def within_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(..., V) the logits, -inf for all but the nucleus: the fewest tokens, most likely first, that have top_p together.
+
+    Source: Holtzman 2020, arXiv:1904.09751, Section 3.1."""
+    ordered, order = logits.sort(descending=True)
+    probabilities = ordered.softmax(-1)
+    outside = probabilities.cumsum(-1) - probabilities >= top_p  # where more likely tokens have enough already
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def _extend(policy, prompt_ids, new_ids, eos, temperature, top_p, max_new_tokens, generator, device) -> None:
     """Appends sampled tokens to each list in new_ids until its EOS or max_new_tokens."""
     longest = max(map(len, prompt_ids))
     input_ids = torch.full((len(prompt_ids), longest), eos)
@@ -83,8 +97,10 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, gener
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         cache, logits = output.past_key_values, output.logits[:, -1].float()  # (B, V)
-        noisy = logits if temperature == 0 else gumbel_sample(logits / temperature, generator=generator)
-        tokens = noisy.argmax(-1)  # (B,)
+        if temperature > 0:
+            logits = logits / temperature
+            logits = gumbel_sample(logits if top_p == 1 else within_top_p(logits, top_p), generator=generator)
+        tokens = logits.argmax(-1)  # (B,)
         for row, token in zip(live, tokens.tolist(), strict=True):
             new_ids[row].append(token)
         going_on = (tokens != eos).nonzero().flatten()
