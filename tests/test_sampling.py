@@ -87,11 +87,11 @@ def test_sampling_is_from_the_nucleus_that_there_is_at_the_temperature_and_a_top
     options = {"temperature": 2.0, "max_new_tokens": 1, "seed": 3, "num_samples": 3000}
     found = Counter(each.encoded.input_ids[-1] for each in sample(policy, TOKENIZER, ["12"], top_p=0.8, **options))
     with torch.no_grad():
-        logits = policy(torch.tensor([tokens("12")])).logits[:, -1]
+        logits = policy(torch.tensor([tokens("12")])).logits[:, -1].double()
     cold, expected = (TopPLogitsWarper(0.8)(None, logits / temperature).softmax(-1)[0] for temperature in (1, 2))
     inside = expected.nonzero().flatten().tolist()
     assert set(found) == set(inside) and cold.count_nonzero() < len(inside) < len(expected)
-    assert chisquare([found[token] for token in inside], (3000 * expected[inside]).double()).pvalue > 1e-4
+    assert chisquare([found[token] for token in inside], 3000 * expected[inside]).pvalue > 1e-4
     options = {"temperature": 1.0, "max_new_tokens": 8, "seed": 3}
     assert sample(policy, TOKENIZER, PROMPTS, top_p=1.0, **options) == sample(policy, TOKENIZER, PROMPTS, **options)
 
