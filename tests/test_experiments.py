@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import same_weights
+from transformers import AutoModelForCausalLM
 
 import pdpo
 from pdpo import experiments, models
 from pdpo.encoding import encode_records
 from pdpo.evaluation import last_hidden
-from pdpo.experiments import copy_run, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
+from pdpo.experiments import copy_run, run_oracle, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
 from pdpo.presets import METHODS, TrainConfig, get_preset, with_config
 from pdpo.training import preference_rows
 
@@ -81,6 +82,8 @@ ALL = {"sft", "preference", "win_rate", "reward_model"}
         ({"method": "odpo"}, {"preference", "win_rate"}),
         ({"method": "plackett_luce"}, {"preference", "win_rate"}),
         ({"method": "edpo"}, {"preference", "win_rate"}),
+        ({"method": "drdo", "beta": None}, {"preference", "win_rate"}),
+        ({"drdo_gamma": 1.0}, {"preference", "win_rate"}),
         ({"label_smoothing": 0.1}, {"preference", "win_rate"}),
         ({"preference": {"lr": 1e-3}}, {"preference", "win_rate"}),
         ({"preference": {"precision": "bfloat16"}}, {"preference", "win_rate", "reward_model"}),
@@ -204,6 +207,35 @@ def test_the_reward_model_is_a_stage_that_is_tried_on_the_test_split(quick, trai
         assert scored.scores == pytest.approx((hidden[0] @ reward_model.weights).tolist(), abs=1e-4)
     monkeypatch.setattr(experiments, "fit_reward_head", None)
     assert (run_reward_model(sft).held_out == reward_model.held_out).all()  # found again
+
+
+# DRDO
+
+
+def test_drdo_learns_from_an_oracle_trained_first_and_its_head_loads_beside_a_plain_policy(quick, trained, tmp_path, capsys):
+    sft = run_sft(quick)
+    run = run_preference(sft, method="drdo", steps=12, lr=3e-3)
+    assert trained == ["sft", "oracle", "drdo"] and run.path.name.startswith("drdo-seed0-")
+    oracle = run_oracle(sft)
+    assert trained == ["sft", "oracle", "drdo"] and run_preference(sft, method="drdo", steps=12, lr=3e-3) == run
+    assert json.loads((run.path / "stage.json").read_text())["config"]["reward_model"] == oracle.path.name
+    assert f"drdo: the oracle is a reward model fitted to {oracle.num_pairs} training pairs" in capsys.readouterr().out
+    assert not same_weights(oracle.sft, sft) and oracle.sft.parent == sft and oracle.sft.train.lr == quick.sft.lr
+    other = run_oracle(sft, seed=1)
+    assert not torch.equal(other.weights, oracle.weights)
+    assert run_oracle(sft, records=pdpo.pairs(pdpo.load_split(quick.data)[0])).path != oracle.path
+    # what the history measured at the end is what the saved policy and its head give
+    policy, tokenizer, head = run.load_policy(), run.load_tokenizer(), run.load_reward_head()
+    assert "reward_head" not in policy.state_dict() and AutoModelForCausalLM.from_pretrained(run.path / "policy")
+    held_out = pdpo.pairs(pdpo.load_split(quick.data)[1])
+    scores = last_hidden(policy, encode_records(tokenizer, held_out)) @ head
+    assert (scores[:, 0] - scores[:, 1]).mean().item() == pytest.approx(run.history[-1]["eval_margin"], abs=1e-4)
+    assert run.history[-1]["eval_loss"] < run.history[0]["eval_loss"] and not torch.equal(head, oracle.weights)
+    copied = json.loads((copy_run(run, tmp_path / "out") / "reward_head.json").read_text())
+    assert copied == {"weights": head.tolist()}
+    with pytest.raises(ValueError, match="expected a run of drdo, got one of sft"):
+        sft.load_reward_head()
+    assert run_win_rate(run).column("win").shape
 
 
 # win rates

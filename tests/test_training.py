@@ -13,6 +13,7 @@ import worker
 
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.encoding import collate
+from pdpo.evaluation import last_hidden
 from pdpo.presets import TrainConfig
 from pdpo.training import (
     SLIC_REGULARIZATION,
@@ -56,7 +57,9 @@ def step_without_update(policy, rows, config) -> tuple[dict, torch.Tensor]:
 # one step
 
 
-@pytest.mark.parametrize("method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("edpo", 4), ("plackett_luce", 10)])
+@pytest.mark.parametrize(
+    "method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("edpo", 4), ("drdo", 4), ("plackett_luce", 10)]
+)
 def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
     policy, rows, config = worker.parts(method)
     rows = rows[:13]
@@ -156,6 +159,25 @@ def test_a_method_trains_on_its_papers_formula(method, formula):
     assert margins.std() > 0.1
 
 
+@pytest.mark.parametrize("method", ["oracle", "drdo"])
+def test_drdo_and_its_oracle_train_on_scores_of_the_last_hidden_state_by_the_papers_formulas(method):
+    policy, rows, config = worker.parts(method)
+    losses, measured = row_losses(policy, rows, replace(config, drdo_alpha=0.7, drdo_gamma=1.0))
+    logps = policy_logps(policy, rows)
+    chosen, rejected = (last_hidden(policy, [row.sequences for row in rows]) @ policy.reward_head).unbind(1)
+    if method == "oracle":  # Eq. 5
+        expected = -0.99 * (chosen - rejected).sigmoid().log() - 0.01 * logps[:, 0]
+    else:  # Eq. 6
+        weight = (logps[:, 1] - logps[:, 0]).sigmoid()
+        contrast = logps[:, 0] - (1 - logps[:, 1].exp()).log()
+        expected = (torch.tensor([row.offset for row in rows]) - (chosen - rejected)) ** 2 - 0.7 * weight * contrast
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(measured["margin"], (chosen - rejected).detach(), rtol=1e-4, atol=1e-5)
+    policy.zero_grad()
+    losses.sum().backward()  # the scores train the whole network, not the head alone
+    assert policy.reward_head.grad.norm() > 0 and all(each.grad.norm() > 0 for each in policy.transformer.h.parameters())
+
+
 @pytest.mark.parametrize("reference_logp, scaler", [(math.nan, torch.amp.GradScaler("cpu")), (math.inf, None)])
 def test_a_loss_that_is_not_finite_is_refused_and_the_policy_stays_as_it_was(reference_logp, scaler):
     policy, rows, config = worker.parts("dpo")
@@ -192,7 +214,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
     assert learning_rate(replace(config, steps=1), 0) == 2.0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce", "ipo", "edpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce", "ipo", "edpo", "drdo", "oracle"])
 def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measurements_where_asked(method):
     policy, rows, config = worker.parts(method)
     config, seen = replace(config, steps=11, num_evaluations=2), []
@@ -253,6 +275,9 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"offset_scale": "cubic"}, "offset_scale .* 'cubic'"),
         ({"method": "slic", "label_smoothing": 0.1}, "label_smoothing 0 for slic"),
         ({"method": "edpo", "beta": None}, "beta > 0 for edpo"),
+        ({"method": "drdo"}, "beta None for drdo"),
+        ({"drdo_alpha": math.inf}, "drdo_alpha and drdo_gamma >= 0, got inf and 2.0"),
+        ({"drdo_gamma": -1.0}, "drdo_gamma >= 0, got 0.1 and -1.0"),
         ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "got steps 0"),
@@ -299,13 +324,14 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp
         train(policy, rows, config, checkpoint=file, show_progress=False)
 
 
-def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "drdo"])
+def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path, method):
     checkpoint, never = tmp_path / "checkpoint.pt", tmp_path / "never"
 
     def saved_step() -> int:
         return torch.load(checkpoint, weights_only=True)["history"][-1]["step"]
 
-    process = python(worker.__file__, "dpo", str(checkpoint), str(never))
+    process = python(worker.__file__, method, str(checkpoint), str(never))
     last = random.randrange(2, 12)
     print("killed after step", last)
     for _ in range(last + 1):  # one announcement comes before the first step
@@ -318,10 +344,10 @@ def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits
     first = saved_step()
     assert first in (last - 1, last)
 
-    process = python(worker.__file__, "dpo", str(checkpoint), str(never), DIE_WHILE_SAVING="17")
+    process = python(worker.__file__, method, str(checkpoint), str(never), DIE_WHILE_SAVING="17")
     announced, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL and not never.exists()
     assert announced.count("step") == 17 - first  # it did go on, not start afresh
     assert saved_step() == 16
 
-    assert same(worker.run("dpo", checkpoint), worker.run("dpo", None))
+    assert same(worker.run(method, checkpoint), worker.run(method, None))
