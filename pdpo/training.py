@@ -258,6 +258,10 @@ def train(
         step after which they were made; step 0 holds those from before the first.
     """
     _check_rows(rows, config)
+    if config.method in WITH_HEAD and not hasattr(policy, "reward_head"):
+        raise ValueError(
+            f"train: {config.method} expected a policy with a reward head, got one without. See models.with_reward_head."
+        )
     logps_of = policy_logps if config.method in WITH_HEAD else fastest_logps(policy, rows)
     memory = Memory(policy, rows, config)
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}

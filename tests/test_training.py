@@ -309,6 +309,12 @@ def test_rows_that_do_not_suit_the_method_are_refused(method, rows, words):
         train(policy, rows(good), config, show_progress=False)
 
 
+def test_a_policy_without_a_reward_head_is_refused_where_one_is_trained():
+    policy, rows, config = worker.parts("dpo")
+    with pytest.raises(ValueError, match="train: drdo expected a policy with a reward head"):
+        train(policy, rows, replace(config, method="drdo", beta=None), show_progress=False)
+
+
 # checkpoints
 
 
