@@ -19,7 +19,7 @@ from pdpo.distributed import is_leader, launch_rank, launched, process_group
 from pdpo.encoding import chat_template
 from pdpo.files import check_new_folder, check_writable, disk_trouble, read_json, replacing, write_csv
 from pdpo.models import load_policy, load_tokenizer
-from pdpo.presets import METHODS, PRESETS, Preset, get_preset
+from pdpo.presets import METHODS, PRESETS, Preset, betas_of, get_preset
 from pdpo.sampling import sample
 from pdpo.stages import runs_dir
 from pdpo.statistics import bootstrap_interval, with_interval
@@ -146,8 +146,9 @@ def _preset(options: argparse.Namespace) -> Preset:
 def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[int]) -> list[data.Preference]:
     """The preset's records; bad input is refused before anything is trained."""
     records = data.load_preferences(preset.data)
-    for method, beta, seed in itertools.product(methods, betas, seeds):
-        replace(preset.preference, method=method, beta=None if method == "sft" else beta, seed=seed)
+    for method, seed in itertools.product(methods, seeds):
+        for beta in betas_of(method, betas):
+            replace(preset.preference, method=method, beta=beta, seed=seed)
     check_writable(runs_dir() / preset.name, num_bytes=_num_bytes(preset, len(methods) * len(betas) * len(seeds) + len(seeds)))
     experiments.start(preset)
     parts = data.load_split(preset.data)
@@ -179,7 +180,8 @@ def _train(options: argparse.Namespace) -> int:
     del report["leaked_prompts"]  # of a whole file nothing is held out
     print("data: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     for method in dict.fromkeys(["sft", *options.method]):
-        run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=options.beta)
+        (beta,) = betas_of(method, [options.beta])
+        run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta)
         measured = [row for row in run.history if "eval_loss" in row]
         numbers = {key: (measured[0][key], measured[-1][key]) for key in measured[0] if key.startswith("eval_")}
         print(
@@ -214,10 +216,15 @@ def _sweep(options: argparse.Namespace) -> int:
     _start(preset, options.method, betas, seeds)
     with _cluster(options.scheduler):
         sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
-        wanted = [(sft, method) for sft in sfts for method in dict.fromkeys(options.method)]
-        settings = [{"sft": sft, "method": method, "beta": beta} for sft, method in wanted if method != "sft" for beta in betas]
-        made = iter(experiments.run_all(experiments.run_preference, settings))
-        runs = [run for sft, method in wanted for run in ([sft] if method == "sft" else itertools.islice(made, len(betas)))]
+        methods = dict.fromkeys(options.method)
+        wanted = [
+            {"sft": sft, "method": method, "beta": beta}
+            for sft in sfts
+            for method in methods
+            for beta in betas_of(method, betas)
+        ]
+        made = iter(experiments.run_all(experiments.run_preference, [each for each in wanted if each["method"] != "sft"]))
+        runs = [each["sft"] if each["method"] == "sft" else next(made) for each in wanted]
         measured = experiments.run_all(experiments.run_win_rate, [{"run": run} for run in runs])
     rows = [_measurements(evaluation) for evaluation in measured]
     lines = [list(rows[0])] + [

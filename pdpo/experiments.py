@@ -23,8 +23,8 @@ from pdpo.distributed import is_leader, launch_size, on_leader, world_size
 from pdpo.encoding import chat_template, encode_records
 from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grades, win_values
 from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
-from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision
-from pdpo.presets import Preset, TrainConfig, get_preset
+from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision, with_reward_head
+from pdpo.presets import Preset, TrainConfig, betas_of, get_preset
 from pdpo.reach import code_version
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.sampling import sample
@@ -91,13 +91,16 @@ def run_sft(preset: Preset | str, *, seed: int = 0) -> Run:
     return Run(path, preset, config, read_json(path / "history.json"))
 
 
-def run_preference(sft: Run, *, method: str, beta: float, records: list[Preference] | None = None, **changes) -> Run:
+def run_preference(
+    sft: Run, *, method: str, beta: float | None = None, records: list[Preference] | None = None, **changes
+) -> Run:
     """Preference training from an SFT run, which is the reference; pairs are drawn and shuffled by that run's seed.
 
     Args:
         sft: where to start from.
-        method: "dpo", "odpo", "slic" or "plackett_luce". Where the data has no scores, ODPO takes those of `run_reward_model`.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
+        method: "dpo", "odpo", "ipo", "edpo", "drdo", "slic" or "plackett_luce". ODPO where the data has no scores, and e-DPO
+            where any are missing, take those of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. None for DRDO, which has none.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         changes: other hyperparameters than those of the preset (`preset.preference`): fields of `TrainConfig`, such as
             alpha, steps or num_evaluations (held-out measurements take a third of a run's time).
@@ -109,24 +112,28 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
     held_out_records = validation if ranked else pairs(validation)
     if records is None:
         records = train_records if ranked else pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed)
-    unscored = method == "odpo" and not any(record.scores for record in records)
-    if unscored and config.offset_scale == "log_ratio":
+    num_unscored = sum(record.scores is None for record in records + held_out_records)
+    unscored = num_unscored > 0 if method == "edpo" else method == "odpo" and not any(record.scores for record in records)
+    if unscored and method == "odpo" and config.offset_scale == "log_ratio":
         raise ValueError(
             "run_preference: expected offset_scale 'log', 'identity' or 'mean' for data without scores, got 'log_ratio'. It "
             "needs scores > 0, and those of a reward model lie around 0."
         )
-    reward_model = run_reward_model(sft) if unscored else None
+    reward_model = run_oracle(sft, records=records) if method == "drdo" else run_reward_model(sft) if unscored else None
 
     def build(folder: Path) -> None:
         scored, scored_held_out = records, held_out_records
         if reward_model:
-            print(f"odpo: this data has no scores; offsets are made from those of {reward_model}")
+            why = "the oracle is" if method == "drdo" else f"{num_unscored} pairs have no scores; all are given those of"
+            print(f"{method}: {why} {reward_model}")
             scored, scored_held_out = reward_model.scored(records), reward_model.scored(held_out_records)
         tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too
         prompts = [record.prompt for record in validation][: preset.num_kl_prompts]
-        rows, held_out = (
-            _with_cached_reference(sft, policy, preference_rows(tokenizer, each, config)) for each in (scored, scored_held_out)
-        )
+        rows, held_out = (preference_rows(tokenizer, each, config) for each in (scored, scored_held_out))
+        if method == "drdo":
+            with_reward_head(policy, seed=config.seed)
+        else:
+            rows, held_out = (_with_cached_reference(sft, policy, each) for each in (rows, held_out))
 
         def measure(policy) -> dict:
             samples = sample(
@@ -149,7 +156,8 @@ def run_preference(sft: Run, *, method: str, beta: float, records: list[Preferen
         "num_kl_prompts": preset.num_kl_prompts,
         "max_new_tokens": preset.max_new_tokens,
     }
-    path, _ = run_stage(preset.name, f"{method}-beta{beta:g}-seed{config.seed}", determinants, build, together=True)
+    name = f"{method}-seed{config.seed}" if beta is None else f"{method}-beta{beta:g}-seed{config.seed}"
+    path, _ = run_stage(preset.name, name, determinants, build, together=True)
     return Run(path, preset, config, read_json(path / "history.json"), sft)
 
 
@@ -167,18 +175,67 @@ def run_reward_model(sft: Run) -> RewardModel:
 
     def build(folder: Path) -> None:
         policy, tokenizer = sft.load_policy(), sft.load_tokenizer()
-        features, held_out_features = (
-            last_hidden(policy, encode_records(tokenizer, each), batch_size=preset.micro_batch_size, precision=preset.precision)
-            for each in (drawn, held_out)
-        )  # (B, 2, D)
-        weights = fit_reward_head(features)
-        probabilities = (held_out_features @ weights).diff(dim=1).neg().sigmoid().squeeze(1)  # of the true order
-        write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
+        _write_reward_model(
+            folder, fit_reward_head(_features(policy, tokenizer, drawn, preset)), policy, tokenizer, held_out, preset
+        )
 
     determinants = {"sft": sft.path.name, "precision": preset.precision, "data": fingerprint(drawn + held_out)}
     path, _ = run_stage(preset.name, f"reward_model-seed{sft.seed}", determinants, build)
+    return _read_reward_model(path, sft, num_pairs=len(drawn))
+
+
+def run_oracle(sft: Run, *, records: list[Preference] | None = None, **changes) -> RewardModel:
+    """DRDO's oracle: a linear head on the last hidden state of the SFT policy, trained together with the whole of it.
+
+    To the loss of the labels comes a little of that of the better responses as text. The steps are a preference run's, the peak
+    rate is SFT's, since the head begins at random weights.
+
+    Args:
+        sft: where to start from.
+        records: pairs to train on; None draws them from the training split. It is tried on those of the test split.
+        changes: other hyperparameters, as for `run_preference`; the seed is also that of the head's weights.
+    Source: Nath 2024, arXiv:2410.08458, Eq. 5."""
+    preset = sft.preset
+    config = replace(preset.preference, method="oracle", beta=None, **{"lr": preset.sft.lr, "seed": sft.seed} | changes)
+    train_records, validation, test = load_split(preset.data)
+    if records is None:
+        records = pairs(train_records, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed)
+    watched, held_out = pairs(validation), pairs(test)
+
+    def build(folder: Path) -> None:
+        tokenizer, policy = sft.load_tokenizer(), with_reward_head(sft.load_policy(), seed=config.seed)
+        rows, watched_rows = (preference_rows(tokenizer, each, config) for each in (records, watched))
+        _train(folder, preset, policy, tokenizer, rows, config, held_out=watched_rows)
+        if is_leader():
+            weights = torch.tensor(read_json(folder / "policy" / "reward_head.json")["weights"])
+            _write_reward_model(folder, weights, policy, tokenizer, held_out, preset)
+
+    determinants = {
+        "train": asdict(config),
+        "sft": sft.path.name,
+        "precision": preset.precision,
+        "data": fingerprint(records + watched + held_out),
+    }
+    path, _ = run_stage(preset.name, f"oracle-seed{config.seed}", determinants, build, together=True)
+    run = Run(path, preset, config, read_json(path / "history.json"), sft)
+    return _read_reward_model(path, run, num_pairs=len(records))
+
+
+def _features(policy, tokenizer, records: list[Preference], preset: Preset) -> torch.Tensor:
+    """(B, 2, D) the last hidden states that a reward model's head reads."""
+    encoded = encode_records(tokenizer, records)
+    return last_hidden(policy, encoded, batch_size=preset.micro_batch_size, precision=preset.precision)
+
+
+def _write_reward_model(folder: Path, weights, policy, tokenizer, held_out: list[Preference], preset: Preset) -> None:
+    scores = _features(policy, tokenizer, held_out, preset) @ weights
+    probabilities = scores.diff(dim=1).neg().sigmoid().squeeze(1)  # of the true order
+    write_json(folder / "reward_model.json", {"weights": weights.tolist(), "held_out": probabilities.tolist()})
+
+
+def _read_reward_model(path: Path, reads: Run, *, num_pairs: int) -> RewardModel:
     stored = read_json(path / "reward_model.json")
-    return RewardModel(path, sft, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=len(drawn))
+    return RewardModel(path, reads, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=num_pairs)
 
 
 def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = None) -> Evaluation:
@@ -262,7 +319,7 @@ def run_frontiers(sfts: list[Run], arguments: dict[str, dict]) -> dict[str, Fron
     for name, options in arguments.items():
         options = dict(options)
         records = options.pop("records", None)
-        betas[name] = tuple(options.pop("betas", None) or ((None,) if options["method"] == "sft" else preset.betas))
+        betas[name] = betas_of(options["method"], options.pop("betas", None) or preset.betas)
         for sft in sfts:
             of_seed = options | ({"records": records[sft.seed]} if records else {})
             settings += [{"sft": sft, "beta": beta, **of_seed} for beta in betas[name]]
@@ -332,7 +389,10 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
     )  # fmt: skip
     if not is_leader():
         return
+    head = policy._parameters.pop("reward_head", None)  # the folder stays that of a plain causal language model
     policy.save_pretrained(folder / "policy")
+    if head is not None:
+        write_json(folder / "policy" / "reward_head.json", {"weights": head.tolist()})
     tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(folder / "policy")
     write_json(folder / "history.json", history)

@@ -52,8 +52,8 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
     check_new_folder(target)
     if method != "dpo":
         raise ValueError(
-            f"export_trl: expected method 'dpo', got {method!r}. TRL's DPOTrainer has no place for ODPO's offsets, nor for "
-            f"rankings or the regularised hinge: train it here, `python -m pdpo train --method {method}`."
+            f"export_trl: expected method 'dpo', got {method!r}. TRL's DPOTrainer has no place for offsets, scores, rankings or the "
+            f"regularised hinge, and its IPO is another: train it here, `python -m pdpo train --method {method}`."
         )
     preset = get_preset(preset)
     config = replace(preset.preference, method=method, beta=beta, seed=seed)

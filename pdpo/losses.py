@@ -14,7 +14,9 @@ from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
 
 class PairLoss(NamedTuple):
-    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached."""
+    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached.
+
+    DRDO has no reference: its rewards are the scores that the policy's own head gives."""
 
     losses: Tensor  # nats, unreduced; carries the gradient
     chosen_rewards: Tensor
@@ -53,7 +55,8 @@ def dpo_loss(
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
           offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
           label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
-    Returns: PairLoss. With policy == reference and no offset every loss is log 2.
+    Returns: PairLoss. With policy == reference and no offset every loss is log 2. On mean log-probabilities, with zeros for the
+        reference's and its gamma as the offset, it is SimPO (Meng 2024, arXiv:2405.14734, Eq. 6).
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences"."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
@@ -141,6 +144,11 @@ def ipo_loss(
 
     .. math:: \mathcal{L}_\text{IPO} = \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
               - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} - \frac{1}{2 \beta} \Big)^2
+
+    Sums are what the formula says: one target for a pair, however long its responses. TRL averages over the tokens of each
+    response, which the paper's authors confirmed to be their practice. For that, pass mean log-probabilities: two responses of
+    T tokens each are then to differ by T / (2 beta) nats.
+
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
     Returns: PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
     Source: Azar 2023, arXiv:2310.12036, Eq. 17."""
@@ -148,6 +156,74 @@ def ipo_loss(
     chosen_rewards, rejected_rewards = _rewards("ipo_loss", *logps, beta=beta)  # (B,), (B,)
     losses = ((chosen_rewards - rejected_rewards) / beta - 1 / (2 * beta)) ** 2
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def reward_distillation_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    score_difference: Tensor,
+    *,
+    beta: float,
+) -> PairLoss:
+    r"""e-DPO: the margin is regressed on the difference of two external scores, not on a label.
+
+    .. math:: \mathcal{L} = \Big( r(x, y_w) - r(x, y_l) - \beta \log
+              \frac{\pi_\theta(y_w|x) \, \pi_\text{ref}(y_l|x)}{\pi_\theta(y_l|x) \, \pi_\text{ref}(y_w|x)} \Big)^2
+    Args: score_difference: (B,) chosen minus rejected score, of a reward model (or the mean of several); a constant.
+          beta: KL strength; a larger beta keeps the policy closer to the reference. It is in the scores' unit: scores ten times
+              as large want a beta ten times as large.
+    Returns: PairLoss; losses in squared units of the scores, 0 where the margin is the difference of scores. At equal scores the
+        policy is drawn to the reference's ratio.
+    Source: Fisch 2024, arXiv:2405.19316; Nath 2024, arXiv:2410.08458, Eq. 4."""
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_pairs("reward_distillation_loss", *logps, score_difference)
+    chosen_rewards, rejected_rewards = _rewards("reward_distillation_loss", *logps, beta=beta)  # (B,), (B,)
+    losses = (score_difference.detach() - (chosen_rewards - rejected_rewards)) ** 2
+    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def drdo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    student_chosen_scores: Tensor,
+    student_rejected_scores: Tensor,
+    oracle_chosen_scores: Tensor,
+    oracle_rejected_scores: Tensor,
+    *,
+    alpha: float = 0.1,
+    gamma: float = 2.0,
+) -> PairLoss:
+    r"""DRDO: the policy's own head learns the oracle's difference of scores, while the policy learns the label; no reference.
+
+    .. math:: \mathcal{L} = \big( (r^*_w - r^*_l) - (\hat r_w - \hat r_l) \big)^2
+              - \alpha (1 - p_w)^\gamma \log \frac{\pi_\theta(y_w|x)}{1 - \pi_\theta(y_l|x)}, \qquad
+              p_w = \sigma\big( \log \pi_\theta(y_w|x) - \log \pi_\theta(y_l|x) \big)
+
+    The gradient goes through the focal weight (1 - p_w)^gamma, too. That is what lowers pi(y_l): with the weight held constant, as
+    in the paper's Eq. 34, descent raises it, and at pi(y_l) -> 1 the loss as printed has no lower bound. p_w compares sums, so that
+    of two equally fluent responses the longer one looks worse.
+
+    Args: policy_chosen_logps, policy_rejected_logps: (B,) nats, <= 0; sums over each response; carry the gradient.
+          student_chosen_scores, student_rejected_scores: (B,) of the policy's own head; carry the gradient.
+          oracle_chosen_scores, oracle_rejected_scores: (B,) of the oracle; constants.
+          alpha: >= 0, how much the label counts beside the oracle; 0 is distillation alone.
+          gamma: >= 0; a larger one leaves pairs that are ranked right more alone. At 0 all pairs count alike.
+    Returns: PairLoss whose rewards are the student's scores.
+    Source: Nath 2024, arXiv:2410.08458, Eq. 6. Differs: 1 - pi(y_l) is at least the dtype's eps, so that a certain y_l is finite."""
+    scores = (student_chosen_scores, student_rejected_scores, oracle_chosen_scores, oracle_rejected_scores)
+    _check_pairs("drdo_loss", policy_chosen_logps, policy_rejected_logps, *scores)
+    if not (0 <= alpha < float("inf") and 0 <= gamma < float("inf")):
+        raise ValueError(
+            f"drdo_loss: expected finite alpha >= 0 and gamma >= 0, got {alpha} and {gamma}. The paper uses 0.1 and 2."
+        )
+    oracle_difference = (oracle_chosen_scores - oracle_rejected_scores).detach()  # (B,)
+    distillation = (oracle_difference - (student_chosen_scores - student_rejected_scores)) ** 2
+    focal_weight = (gamma * bradley_terry_logps(policy_rejected_logps, policy_chosen_logps)).exp()  # (1 - p_w)^gamma
+    log_ratio = policy_chosen_logps - _log_one_minus_exp(policy_rejected_logps)  # (B,)
+    losses = distillation - alpha * focal_weight * log_ratio
+    return PairLoss(losses, student_chosen_scores.detach(), student_rejected_scores.detach())
 
 
 def slic_loss(
@@ -183,13 +259,15 @@ def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cli
     Args: policy_logps, old_logps: (...) nats, of tokens or whole responses; the old ones, of the policy that drew them, are constants.
           advantages: (...) how much better than expected each sample was; constants. clip: epsilon, > 0; 0.2 in the paper.
     Returns: (...) unreduced. Where policy == old it is -advantages, and its gradient is REINFORCE's.
-    Source: Schulman 2017, arXiv:1707.06347, Eq. 7."""
+    Source: Schulman 2017, arXiv:1707.06347, Eq. 7. Differs: past 60 nats the ratio goes on along its tangent, which is finite."""
     if not policy_logps.shape == old_logps.shape == advantages.shape:
         got = ", ".join(str(tuple(each.shape)) for each in (policy_logps, old_logps, advantages))
         raise ValueError(f"ppo_loss: expected three tensors of one shape, got {got}. Pass one of each per sample.")
     if not clip > 0:
         raise ValueError(f"ppo_loss: expected clip > 0, got {clip}. At 0 nothing may move; the paper uses 0.2.")
-    ratio, advantages = (policy_logps - old_logps.detach()).exp(), advantages.detach()
+    log_ratio, advantages = policy_logps - old_logps.detach(), advantages.detach()
+    # exp(89) is inf in float32, and inf * 0 a gradient of nan: from 60 on the tangent
+    ratio = log_ratio.clamp(max=60).exp() * (1 + (log_ratio - 60).clamp(min=0))
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
@@ -224,11 +302,21 @@ def _check_beta(function: str, beta: float) -> None:
         )
 
 
+def _check_pairs(function: str, *tensors: Tensor) -> None:
+    if tensors[0].ndim != 1 or any(each.shape != tensors[0].shape for each in tensors):
+        count, got = ("four", "five", "six")[len(tensors) - 4], [tuple(each.shape) for each in tensors]
+        raise ValueError(f"{function}: expected {count} (B,) tensors, got {got}. Sum the token log-probabilities first.")
+
+
 def _rewards(function: str, *logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all five."""
-    if logps[0].ndim != 1 or any(each.shape != logps[0].shape for each in logps):
-        got = [tuple(each.shape) for each in logps]
-        raise ValueError(f"{function}: expected four (B,) tensors, got {got}. Sum the token log-probabilities first.")
+    _check_pairs(function, *logps)
     _check_beta(function, beta)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = logps
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
+
+
+def _log_one_minus_exp(logps: Tensor) -> Tensor:
+    """log(1 - exp(logps)) without cancellation on either side of log(1/2); the difference is taken to be at least eps."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return torch.where(logps > -0.6931, (-logps.expm1()).log(), (-logps.exp()).log1p())

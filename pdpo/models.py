@@ -143,6 +143,13 @@ def with_fused_gelu(policy: torch.nn.Module) -> torch.nn.Module:
     return policy
 
 
+def with_reward_head(policy: torch.nn.Module, *, seed: int) -> torch.nn.Module:
+    """The policy with a parameter `reward_head`, (D,) random weights of a linear score of its last hidden state."""
+    weights = torch.randn(policy.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    policy.reward_head = torch.nn.Parameter((weights / len(weights)).to(policy.device))  # scores begin near 0
+    return policy
+
+
 class Float32Head(torch.nn.Linear):
     """The projection on the vocabulary, in float32 under autocast, too."""
 

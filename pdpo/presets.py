@@ -11,7 +11,9 @@ from pdpo.device import PRECISIONS, choose_precision, num_cores
 from pdpo.reach import in_key
 
 DEFAULT_JUDGE = "sentence-transformers/all-MiniLM-L6-v2"
-METHODS = ("sft", "dpo", "odpo", "slic", "plackett_luce")
+METHODS = ("sft", "dpo", "odpo", "ipo", "edpo", "drdo", "slic", "plackett_luce")
+WITH_HEAD = ("drdo", "oracle")  # what trains a reward head beside the policy; the oracle is what DRDO learns from
+WITHOUT_REFERENCE = ("sft", *WITH_HEAD)  # and so without beta
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,16 @@ class TrainConfig:
     """One run's hyperparameters; a checkpoint refuses to go on under other ones.
 
     Attributes:
-        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "slic" or "plackett_luce".
+        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "ipo", "edpo" and "drdo" (rows carry differences of scores),
+            "slic", "plackett_luce", or "oracle", DRDO's first stage.
         steps: optimizer steps.
         batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
         lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
-        beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT alone.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. None for SFT, DRDO and its oracle, which have none.
         alpha, offset_scale: ODPO's, see `score_offset`. Scale "mean" is a control: every pair has the mean of the "log"
             offsets, whatever its own scores.
         label_smoothing: see `dpo_loss`.
+        drdo_alpha, drdo_gamma: DRDO's, see `drdo_loss`.
         optimizer: "adam" (AdamW) or "sgd" (without momentum).
         max_grad_norm: gradients are scaled down to this norm.
         num_evaluations: held-out measurements along a run, beside the one before its first step.
@@ -43,6 +47,8 @@ class TrainConfig:
     alpha: float = 0.5
     offset_scale: str = "log"
     label_smoothing: float = 0.0
+    drdo_alpha: float = 0.1
+    drdo_gamma: float = 2.0
     warmup: float = 0.05
     weight_decay: float = 0.0
     optimizer: str = "adam"
@@ -53,16 +59,20 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.method not in METHODS:
+        if self.method not in (*METHODS, "oracle"):
             raise ValueError(f"TrainConfig: expected method in {METHODS}, got {self.method!r}.")
-        if self.method != "sft" and not 0 < (self.beta or 0) < float("inf"):
+        if self.method not in WITHOUT_REFERENCE and not 0 < (self.beta or 0) < float("inf"):
             raise ValueError(
                 f"TrainConfig: expected finite beta > 0 for {self.method}, got {self.beta}. "
                 "beta: KL strength; a larger beta keeps the policy closer to the reference."
             )
-        if self.method == "sft" and self.beta is not None:
+        if self.method in WITHOUT_REFERENCE and self.beta is not None:
             raise ValueError(
-                f"TrainConfig: expected beta None for sft, which has no reference to stay close to, got {self.beta}."
+                f"TrainConfig: expected beta None for {self.method}, which has no reference to stay close to, got {self.beta}."
+            )
+        if not (0 <= self.drdo_alpha < float("inf") and 0 <= self.drdo_gamma < float("inf")):
+            raise ValueError(
+                f"TrainConfig: expected finite drdo_alpha and drdo_gamma >= 0, got {self.drdo_alpha} and {self.drdo_gamma}."
             )
         if not 0 <= self.alpha < float("inf") or self.offset_scale not in ("log", "identity", "log_ratio", "mean"):
             raise ValueError(
@@ -85,6 +95,11 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"TrainConfig: expected a seed from 0 to 2**31 - 1, got {short(self.seed)}.")
+
+
+def betas_of(method: str, betas) -> tuple[float | None, ...]:
+    """The betas to try; of a method without a reference, None alone."""
+    return (None,) if method in WITHOUT_REFERENCE else tuple(betas)
 
 
 @dataclass(frozen=True)

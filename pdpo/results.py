@@ -13,7 +13,7 @@ from pdpo.encoding import encode_records
 from pdpo.evaluation import response_scores
 from pdpo.files import check_new_folder, read_json, replacing, shown
 from pdpo.models import load_policy, load_tokenizer
-from pdpo.presets import Preset, TrainConfig
+from pdpo.presets import WITH_HEAD, Preset, TrainConfig
 from pdpo.stages import check_large_files
 from pdpo.statistics import calibration
 
@@ -23,7 +23,7 @@ class Run:
     """A finished training stage.
 
     Attributes:
-        path: its folder: policy/ (save_pretrained, with the tokenizer), history.json, stage.json.
+        path: its folder: policy/ (save_pretrained, with the tokenizer; DRDO's reward_head.json), history.json, stage.json.
         preset: sizes, data and machine that it ran with.
         train: its hyperparameters.
         history: one dict an optimizer step; see `training.train`.
@@ -65,6 +65,12 @@ class Run:
         check_large_files(self.path)
         return load_policy(replace(self.preset, model=str(self.path / "policy"))).to(device()).eval()
 
+    def load_reward_head(self) -> torch.Tensor:
+        """(D,) the weights of the head that DRDO trains beside its policy, whose last hidden state at the EOS it scores."""
+        if self.method not in WITH_HEAD:
+            raise ValueError(f"{shown(self.path)}: expected a run of drdo, got one of {self.method}, which has no head.")
+        return torch.tensor(read_json(self.path / "policy" / "reward_head.json")["weights"])
+
     def load_tokenizer(self):
         """The tokenizer that it was trained with."""
         return load_tokenizer(replace(self.preset, tokenizer=str(self.path / "policy")))
@@ -102,7 +108,7 @@ class RewardModel:
 
     Attributes:
         path: its folder.
-        sft: whose last hidden state it reads.
+        sft: whose last hidden state it reads; DRDO's oracle reads its own.
         weights: (D,) of the linear head.
         held_out: (P,) the probability that it gives to the true order of each pair of the test split.
         num_pairs: it was fitted to.

@@ -29,6 +29,7 @@ def sample(
     max_new_tokens: int,
     seed: int,
     num_samples: int = 1,
+    top_p: float = 1.0,
     batch_size: int = 512,
     precision: str = "float32",
 ) -> list[Sample]:
@@ -39,6 +40,7 @@ def sample(
     with one vocabulary are far less noisy than with independent samples (notebook 08).
 
     Args: temperature: 0 is greedy (then num_samples copies would be equal: only num_samples=1 is allowed).
+          top_p: in (0, 1]; 1 leaves no token out, see `within_top_p`, which comes after the temperature.
           max_new_tokens: tokens at most, EOS included; prompts are cut from the left to leave room for them.
           seed: the same seed, prompts, num_samples and batch_size (sequences sampled at a time) give the same noise."""
     if not prompts:
@@ -47,6 +49,8 @@ def sample(
         raise ValueError(
             f"sample: expected temperature > 0, or 0 (greedy) with num_samples=1, got temperature {temperature}, num_samples {num_samples}."
         )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"sample: expected 0 < top_p <= 1, got {top_p}. 1 samples from all tokens.")
     room = tokenizer.model_max_length - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ValueError(
@@ -61,7 +65,7 @@ def sample(
         generator.manual_seed(torch.randint(2**31, (), generator=seeds).item())
         with autocast(device, precision):
             _extend(policy, [encoded[i] for i in rows], [each for i in rows for each in new_ids[i]], tokenizer.eos_token_id,
-                    temperature, max_new_tokens, generator, device)  # fmt: skip
+                    temperature, top_p, max_new_tokens, generator, device)  # fmt: skip
     samples = []
     for prompt, prompt_ids, responses in zip(prompts, encoded, new_ids, strict=True):
         for response_ids in responses:
@@ -71,7 +75,17 @@ def sample(
     return samples
 
 
-def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, generator, device) -> None:
+def within_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(..., V) the logits, -inf for all but the nucleus: the fewest tokens, most likely first, that have top_p together.
+
+    Source: Holtzman 2020, arXiv:1904.09751, Section 3.1."""
+    ordered, order = logits.sort(descending=True)
+    probabilities = ordered.softmax(-1)
+    outside = probabilities.cumsum(-1) - probabilities >= top_p  # where more likely tokens have enough already
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def _extend(policy, prompt_ids, new_ids, eos, temperature, top_p, max_new_tokens, generator, device) -> None:
     """Appends sampled tokens to each list in new_ids, the same number for each prompt, until its EOS or max_new_tokens."""
     longest, num_samples = max(map(len, prompt_ids)), len(new_ids) // len(prompt_ids)
     input_ids = torch.full((len(prompt_ids), longest), eos)
@@ -95,7 +109,8 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, max_new_tokens, gener
             )  # (B, ...), B = P * num_samples
         if temperature > 0:  # noise for ended rows, too: what the others meet must not depend on who has ended
             noise = gumbel_sample(logits.new_zeros(len(new_ids), logits.shape[1]), generator=generator)
-            logits = logits / temperature + noise[live]
+            logits = logits / temperature
+            logits = (logits if top_p == 1 else within_top_p(logits, top_p)) + noise[live]
         tokens = logits.argmax(-1)  # (B,)
         for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
             new_ids[row].append(token)

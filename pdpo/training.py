@@ -18,11 +18,22 @@ from pdpo.device import autocast
 from pdpo.distributed import broadcast_weights, gather, launch_rank, on_leader, share, sum_gradients, summed, world_size
 from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
-from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
-from pdpo.presets import TrainConfig
+from pdpo.losses import (
+    dpo_loss,
+    drdo_loss,
+    ipo_loss,
+    plackett_luce_loss,
+    reward_distillation_loss,
+    reward_model_loss,
+    score_offset,
+    sft_loss,
+    slic_loss,
+)
+from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
 from pdpo.trees import supports_trees, tree_logps
 
 SLIC_REGULARIZATION = 0.1
+ORACLE_ALPHA = 0.01  # Nath 2024, arXiv:2410.08458, Eq. 5 and its footnote 5: how much the language model counts
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Row:
 
     Attributes:
         sequences: K encoded responses.
-        offset: ODPO's demanded margin; 0 is DPO.
+        offset: the margin that is demanded: ODPO's offset (0 is DPO), or the difference of scores that e-DPO and DRDO regress on.
         reference_logps: K numbers in nats, once `with_reference_logps` has run.
     """
 
@@ -45,14 +56,20 @@ class Row:
 
 
 def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -> list[Row]:
-    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores)."""
+    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores), for e-DPO
+    and DRDO with the difference of the scores, which every record must have."""
     offsets = [0.0] * len(records)
     scored = [i for i, record in enumerate(records) if record.scores is not None]
-    if config.method == "odpo" and scored:
+    regressed = config.method in ("edpo", "drdo")
+    if regressed and len(scored) < len(records):
+        raise ValueError(
+            f"preference_rows: {config.method} expected scores for all {len(records)} records, got {len(scored)}. Score the others."
+        )
+    if (regressed or config.method == "odpo") and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        is_control = config.offset_scale == "mean"
-        scale = "log" if is_control else config.offset_scale
-        values = score_offset(scores[:, 0], scores[:, 1], alpha=config.alpha, scale=scale)
+        is_control = config.offset_scale == "mean" and not regressed
+        scale = "identity" if regressed else "log" if is_control else config.offset_scale
+        values = score_offset(scores[:, 0], scores[:, 1], alpha=1.0 if regressed else config.alpha, scale=scale)
         values = values.mean().expand(len(scored)) if is_control else values
         for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
@@ -67,6 +84,18 @@ def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tens
     with autocast(device, precision):
         logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
     return sequence_logps(logits, batch.input_ids, batch.response_mask).view(len(rows), -1)  # (B, K)
+
+
+def scored_logps(policy, rows: list[Row], *, precision: str = "float32") -> tuple[Tensor, Tensor]:
+    """(B, K) nats, those of `policy_logps`, and (B, K) scores: `policy.reward_head` on the last hidden state of each response."""
+    device = next(policy.parameters()).device
+    batch = collate([each for row in rows for each in row.sequences], device=device)
+    with autocast(device, precision):
+        mask = batch.attention_mask.long()
+        output = policy(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    hidden = output.hidden_states[-1][torch.arange(len(mask), device=device), mask.sum(1) - 1]  # (B * K, D): at the EOS
+    logps = sequence_logps(output.logits, batch.input_ids, batch.response_mask)
+    return logps.view(len(rows), -1), (hidden.float() @ policy.reward_head).view(len(rows), -1)
 
 
 def shared_policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
@@ -110,11 +139,23 @@ def row_losses(
     policy, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) losses of some rows, with the gradient, and (B,) detached measurements of them."""
-    logps = logps_of(policy, rows, precision=config.precision)  # (B, K)
+    if config.method in WITH_HEAD:
+        logps, scores = scored_logps(policy, rows, precision=config.precision)  # (B, 2), (B, 2)
+    else:
+        logps = logps_of(policy, rows, precision=config.precision)  # (B, K)
     if config.method == "sft":
         return sft_loss(logps[:, 0]), {}
-    reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device)  # (B, K)
-    if config.method == "plackett_luce":
+    offset = torch.tensor([row.offset for row in rows], device=logps.device)  # (B,)
+    if config.method not in WITHOUT_REFERENCE:
+        reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device)  # (B, K)
+    if config.method == "oracle":
+        losses = (1 - ORACLE_ALPHA) * reward_model_loss(*scores.unbind(1)) - ORACLE_ALPHA * logps[:, 0]
+        chosen, rejected = scores.detach().unbind(1)
+    elif config.method == "drdo":
+        oracle = (offset, torch.zeros_like(offset))  # only their difference counts
+        strength = {"alpha": config.drdo_alpha, "gamma": config.drdo_gamma}
+        losses, chosen, rejected = drdo_loss(*logps.unbind(1), *scores.unbind(1), *oracle, **strength)
+    elif config.method == "plackett_luce":
         losses = plackett_luce_loss(logps, reference_logps, beta=config.beta)
         rewards = config.beta * (logps - reference_logps).detach()
         chosen, rejected = rewards[:, 0], rewards[:, -1]
@@ -122,8 +163,11 @@ def row_losses(
         pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
         if config.method == "slic":
             losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+        elif config.method == "ipo":
+            losses, chosen, rejected = ipo_loss(*pair, beta=config.beta)
+        elif config.method == "edpo":
+            losses, chosen, rejected = reward_distillation_loss(*pair, offset, beta=config.beta)
         else:
-            offset = torch.tensor([row.offset for row in rows], device=logps.device)
             losses, chosen, rejected = dpo_loss(*pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing)
     margins = chosen - rejected
     # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
@@ -200,8 +244,8 @@ def train(
     In a `distributed.process_group` all processes call this with the same arguments, and get the same history.
 
     Args:
-        policy: a causal language model without dropout.
-        rows: the training rows, with reference_logps for every method but SFT.
+        policy: a causal language model without dropout; for DRDO and its oracle one that `models.with_reward_head` made.
+        rows: the training rows, with reference_logps for every method that has a reference.
         config: hyperparameters; part of the checkpoint.
         held_out: rows that `eval_*` numbers are measured on, before the first step, then config.num_evaluations times, the last
             time after the last step.
@@ -214,7 +258,11 @@ def train(
         step after which they were made; step 0 holds those from before the first.
     """
     _check_rows(rows, config)
-    logps_of = fastest_logps(policy, rows)
+    if config.method in WITH_HEAD and not hasattr(policy, "reward_head"):
+        raise ValueError(
+            f"train: {config.method} expected a policy with a reward head, got one without. See models.with_reward_head."
+        )
+    logps_of = policy_logps if config.method in WITH_HEAD else fastest_logps(policy, rows)
     memory = Memory(policy, rows, config)
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW)(policy.parameters(), **shared)
@@ -306,7 +354,7 @@ def _check_rows(rows: list[Row], config: TrainConfig) -> None:
     if config.method == "sft":
         return
     missing = [i for i, row in enumerate(rows) if row.reference_logps is None]
-    if missing:
+    if missing and config.method not in WITHOUT_REFERENCE:
         raise ValueError(
             f"train: rows {missing[:10]} have no reference_logps. Run with_reference_logps(reference, rows) first."
         )

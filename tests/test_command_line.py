@@ -1,6 +1,7 @@
 """`python -m pdpo`: bad input ends in one clear line, real input in a policy that transformers loads, a sweep in a table."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdpo import experiments, runner
 from pdpo.__main__ import main
-from pdpo.data import load_split
+from pdpo.data import load_preferences, load_split
 from pdpo.experiments import copy_run, run_preference, run_sft
 from pdpo.presets import PRESETS, with_config
 
@@ -116,27 +117,47 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     assert sorted(os.listdir(out)) == ["dpo", "odpo"]
 
 
+def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_policies_that_load(
+    quick, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(PRESETS, "tiny", quick)
+    records = load_preferences("toy")[::16][:60]
+    rows = [{"prompt": each.prompt, "chosen": each.responses[0], "rejected": each.responses[-1]} for each in records]
+    file, out, methods = tmp_path / "mine.jsonl", tmp_path / "out", ["ipo", "edpo", "drdo"]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert (
+        main(["train", "--preset", "tiny", "--data", str(file), "--method", *methods, "--steps", "3", "--out", str(out)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert trained == ["sft", "ipo", "edpo", "oracle", "drdo"] and "edpo: " in printed and "drdo: the oracle is" in printed
+    for method in methods:
+        assert f"{method}: held out, before -> after: loss " in printed and f"{method}: SBERT win rate" in printed
+        policy, saved = AutoModelForCausalLM.from_pretrained(out / method), AutoTokenizer.from_pretrained(out / method)
+        assert policy.config.vocab_size == len(saved) and (out / method / "reward_head.json").exists() == (method == "drdo")
+
+
 def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", quick)
-    options = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "--beta", "0.1", "0.3", "--seeds", "0", "1"]
+    options = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "drdo", "--beta", "0.1", "0.3", "--seeds", "0", "1"]
     assert main([*options, "--steps", "3", "--lr", "1e-3", "--out", str(tmp_path / "new" / "table.csv")]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert sorted(trained) == ["dpo"] * 4 + ["sft"] * 2
+    assert sorted(trained) == ["dpo"] * 4 + ["drdo"] * 2 + ["oracle"] * 2 + ["sft"] * 2
     with open(tmp_path / "new" / "table.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["beta"], row["seed"]) for row in rows] == [
-        ("sft", "", "0"), ("dpo", "0.1", "0"), ("dpo", "0.3", "0"), ("sft", "", "1"), ("dpo", "0.1", "1"), ("dpo", "0.3", "1"),
+        ("sft", "", "0"), ("dpo", "0.1", "0"), ("dpo", "0.3", "0"), ("drdo", "", "0"),
+        ("sft", "", "1"), ("dpo", "0.1", "1"), ("dpo", "0.3", "1"), ("drdo", "", "1"),
     ]  # fmt: skip
     run = experiments.run_preference(experiments.run_sft(quick, seed=1), method="dpo", beta=0.3, steps=3, lr=1e-3)
-    assert float(rows[-1]["eval_loss"]) == run.history[-1]["eval_loss"]
+    assert float(rows[-2]["eval_loss"]) == run.history[-1]["eval_loss"]
     for row in rows:
         assert float(row["win_low"]) <= float(row["win"]) <= float(row["win_high"])
         assert (float(row["kl"]) < 1e-6) == (row["method"] == "sft")
     assert (
         main([*options, "--steps", "3", "--lr", "1e-3"]) == 0
     )  # on the finished stages: the same table, nothing trained again
-    table = capsys.readouterr().out.splitlines()[-7:]
-    assert len(trained) == 6 and table == printed[-8:-1] and table[0].split() == list(rows[0])
+    table = capsys.readouterr().out.splitlines()[-9:]
+    assert len(trained) == 10 and table == printed[-10:-1] and table[0].split() == list(rows[0])
 
 
 def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):

@@ -231,6 +231,16 @@ def test_ppo_loss_slow_loop_and_flat_regions():
     assert slope.tolist() == pytest.approx([-0.5, 0.9, -2.0, 0.55, 0.0])
 
 
+def test_ppo_loss_and_its_gradient_are_finite_whatever_the_ratio():
+    log_ratios = torch.tensor([89.0, 1e4, 1e4, 1e4, -1e4, 59.0], requires_grad=True)
+    losses = ppo_loss(log_ratios, torch.zeros(6), torch.tensor([1.0, 1.0, -1.0, 0.0, 1.0, -1.0]))
+    (slope,) = torch.autograd.grad(losses.sum(), log_ratios)
+    assert losses.isfinite().all() and slope.isfinite().all()
+    assert slope.tolist() == pytest.approx(
+        [0, 0, math.exp(60), 0, 0, math.exp(59)], rel=1e-5
+    )  # it still falls back where A < 0
+
+
 def test_gae_is_the_papers_sum_and_its_limits():
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import same_weights
+from transformers import AutoModelForCausalLM
 
 import pdpo
 from pdpo import experiments, models
 from pdpo.encoding import encode_records
 from pdpo.evaluation import last_hidden
-from pdpo.experiments import copy_run, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
+from pdpo.experiments import copy_run, run_oracle, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
 from pdpo.presets import METHODS, TrainConfig, get_preset, with_config
 from pdpo.training import preference_rows
 
@@ -80,6 +81,9 @@ ALL = {"sft", "preference", "win_rate", "reward_model"}
         ({"beta": 0.3}, {"preference", "win_rate"}),
         ({"method": "odpo"}, {"preference", "win_rate"}),
         ({"method": "plackett_luce"}, {"preference", "win_rate"}),
+        ({"method": "edpo"}, {"preference", "win_rate"}),
+        ({"method": "drdo", "beta": None}, {"preference", "win_rate"}),
+        ({"drdo_gamma": 1.0}, {"preference", "win_rate"}),
         ({"label_smoothing": 0.1}, {"preference", "win_rate"}),
         ({"preference": {"lr": 1e-3}}, {"preference", "win_rate"}),
         ({"preference": {"precision": "bfloat16"}}, {"preference", "win_rate", "reward_model"}),
@@ -115,13 +119,16 @@ def test_other_data_makes_other_stages(quick, keys, tmp_path):
 # preference training
 
 
-def test_odpo_rows_carry_the_offset_that_their_scores_demand_and_the_control_its_mean(tiny_tokenizer):
+def test_odpo_rows_carry_the_offset_that_their_scores_demand_the_control_its_mean_and_e_dpo_the_difference(tiny_tokenizer):
     records = pdpo.pairs(pdpo.load_preferences("toy")[:5])
     config = TrainConfig("odpo", 1, 1, 1e-3, beta=0.1, alpha=0.5)
-    log, mean, dpo = (
+    log, mean, dpo, difference = (
         [row.offset for row in preference_rows(tiny_tokenizer, records, replace(config, **change))]
-        for change in ({}, {"offset_scale": "mean"}, {"method": "dpo"})
+        for change in ({}, {"offset_scale": "mean"}, {"method": "dpo"}, {"method": "edpo", "offset_scale": "mean"})
     )
+    assert difference == [record.scores[0] - record.scores[1] for record in records]
+    with pytest.raises(ValueError, match="edpo expected scores for all .* got 1. Score the others"):
+        preference_rows(tiny_tokenizer, [records[0], replace(records[1], scores=None)], replace(config, method="edpo"))
     assert log == pytest.approx([0.5 * np.log(record.scores[0] - record.scores[1]) for record in records])
     assert len(set(log)) > 2 and set(dpo) == {0.0}
     assert set(mean) == {mean[0]} and mean[0] == pytest.approx(np.mean(log))
@@ -157,17 +164,19 @@ def unscored(quick):
     return quick
 
 
-def test_odpo_without_scores_takes_those_of_the_reward_model_and_says_so(unscored, capsys, monkeypatch):
+@pytest.mark.parametrize("method", ["odpo", "edpo"])
+def test_without_scores_those_of_the_reward_model_are_taken_which_is_said(unscored, capsys, monkeypatch, method):
     seen, train = [], experiments.train
     monkeypatch.setattr(experiments, "train", lambda policy, rows, *a, **o: seen.append(rows) or train(policy, rows, *a, **o))
-    run = run_dpo(unscored, method="odpo")
+    run = run_dpo(unscored, method=method)
     said = capsys.readouterr().out
-    assert "no scores" in said and "held-out pairs right" in said
+    assert f"{method}: " in said and "no scores" in said and "held-out pairs right" in said
     reward_model = run_reward_model(run.sft)
     assert json.loads((run.path / "stage.json").read_text())["config"]["reward_model"] == reward_model.path.name
     made = reward_model.scored(pdpo.pairs(pdpo.load_split(unscored.data)[0], num_per_prompt=unscored.pairs_per_prompt))
     differences = np.array([record.scores[0] - record.scores[1] for record in made])
-    expected = np.where(differences > 0, run.train.alpha * np.log(np.abs(differences)), 0)  # flipped pairs get 0
+    odpo = np.where(differences > 0, run.train.alpha * np.log(np.abs(differences)), 0)  # flipped pairs get 0
+    expected = odpo if method == "odpo" else differences
     assert [row.offset for row in seen[-1]] == pytest.approx(expected.tolist(), abs=1e-4) and (differences > 0).mean() > 0.6
     run_dpo(unscored)
     assert {row.offset for row in seen[-1]} == {0.0} and "no scores" not in capsys.readouterr().out
@@ -199,6 +208,35 @@ def test_the_reward_model_is_a_stage_that_is_tried_on_the_test_split(quick, trai
         assert scored.scores == pytest.approx((hidden[0] @ reward_model.weights).tolist(), abs=1e-4)
     monkeypatch.setattr(experiments, "fit_reward_head", None)
     assert (run_reward_model(sft).held_out == reward_model.held_out).all()  # found again
+
+
+# DRDO
+
+
+def test_drdo_learns_from_an_oracle_trained_first_and_its_head_loads_beside_a_plain_policy(quick, trained, tmp_path, capsys):
+    sft = run_sft(quick)
+    run = run_preference(sft, method="drdo", steps=12, lr=3e-3)
+    assert trained == ["sft", "oracle", "drdo"] and run.path.name.startswith("drdo-seed0-")
+    oracle = run_oracle(sft)
+    assert trained == ["sft", "oracle", "drdo"] and run_preference(sft, method="drdo", steps=12, lr=3e-3) == run
+    assert json.loads((run.path / "stage.json").read_text())["config"]["reward_model"] == oracle.path.name
+    assert f"drdo: the oracle is a reward model fitted to {oracle.num_pairs} training pairs" in capsys.readouterr().out
+    assert not same_weights(oracle.sft, sft) and oracle.sft.parent == sft and oracle.sft.train.lr == quick.sft.lr
+    other = run_oracle(sft, seed=1)
+    assert not torch.equal(other.weights, oracle.weights)
+    assert run_oracle(sft, records=pdpo.pairs(pdpo.load_split(quick.data)[0])).path != oracle.path
+    # what the history measured at the end is what the saved policy and its head give
+    policy, tokenizer, head = run.load_policy(), run.load_tokenizer(), run.load_reward_head()
+    assert "reward_head" not in policy.state_dict() and AutoModelForCausalLM.from_pretrained(run.path / "policy")
+    held_out = pdpo.pairs(pdpo.load_split(quick.data)[1])
+    scores = last_hidden(policy, encode_records(tokenizer, held_out)) @ head
+    assert (scores[:, 0] - scores[:, 1]).mean().item() == pytest.approx(run.history[-1]["eval_margin"], abs=1e-4)
+    assert run.history[-1]["eval_loss"] < run.history[0]["eval_loss"] and not torch.equal(head, oracle.weights)
+    copied = json.loads((copy_run(run, tmp_path / "out") / "reward_head.json").read_text())
+    assert copied == {"weights": head.tolist()}
+    with pytest.raises(ValueError, match="expected a run of drdo, got one of sft"):
+        sft.load_reward_head()
+    assert run_win_rate(run).column("win").shape
 
 
 # win rates

@@ -1,4 +1,4 @@
-"""SFT, DPO, ODPO and Plackett-Luce losses against hand-worked numbers, slow loops, the papers' gradients and limits."""
+"""All losses but those of test_exact.py against hand-worked numbers, slow loops, the papers' gradients and limits."""
 
 import inspect
 import math
@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from pdpo.losses import dpo_loss, plackett_luce_loss, score_offset, sft_loss, slic_loss
+from pdpo.losses import (
+    dpo_loss,
+    drdo_loss,
+    ipo_loss,
+    plackett_luce_loss,
+    reward_distillation_loss,
+    score_offset,
+    sft_loss,
+    slic_loss,
+)
 
 LOG2, LOG3 = math.log(2), math.log(3)
 
@@ -161,6 +170,13 @@ def test_dpo_losses_and_gradients_are_finite_and_right_at_ten_thousand(size, arg
     assert all(g.isfinite() and g.abs() <= 1 for g in gradients)
 
 
+def test_dpo_on_means_with_zeros_for_the_reference_is_simpo():
+    # Meng 2024, Eq. 6: -log sigma(beta (mean_w - mean_l) - gamma); means -1 and -2, beta 2, gamma 1: -log sigma(1)
+    chosen, rejected, zero = (torch.tensor([x], dtype=torch.float64) for x in (-1.0, -2.0, 0.0))
+    loss = dpo_loss(chosen, rejected, zero, zero, beta=2.0, offset=1.0).losses
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
+
+
 # ODPO's offset
 
 
@@ -277,6 +293,134 @@ def test_slic_pulls_only_on_pairs_below_its_margin_and_on_chosen_responses_by_th
     assert [slope.tolist() for slope in slopes] == [[-1.25, -0.25], [1.0, 0.0]]
 
 
+# IPO, e-DPO
+
+
+def test_ipo_on_means_puts_the_target_of_longer_responses_further_away():
+    # beta 0.1: the target is a difference of 5 nats in sums; in means over 4 tokens each, one of 20 nats in sums
+    for nats, num_tokens in ((5.0, 1), (20.0, 4)):
+        result = ipo_loss(*(each / num_tokens for each in pair_with_margin(nats)), beta=0.1)
+        assert result.losses.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "margin, beta, difference, loss",
+    [
+        (4.0, 0.5, 2.0, 0.0),  # beta * margin is the difference of scores
+        (4.0, 0.5, 0.5, 2.25),
+        (4.0, 0.5, -1.0, 9.0),  # a pair labelled against its scores is turned round
+        (0.0, 0.1, 0.0, 0.0),  # equal scores at the reference
+        (-10.0, 0.1, 0.0, 1.0),  # equal scores: whichever way the policy leans, it comes back
+        (10.0, 0.1, 0.0, 1.0),
+    ],
+)
+def test_reward_distillation_equals_hand_worked_numbers(margin, beta, difference, loss):
+    result = reward_distillation_loss(*pair_with_margin(margin), torch.tensor([difference]).double(), beta=beta)
+    assert result.losses.item() == pytest.approx(loss, abs=1e-12) and result.margins.item() == pytest.approx(beta * margin)
+
+
+def test_a_larger_beta_keeps_the_distilled_policy_closer_and_larger_scores_take_it_further():
+    for beta, difference, optimum in ((0.1, 2.0, 20.0), (1.0, 2.0, 2.0), (1.0, 6.0, 6.0)):
+        for step in (-0.5, 0.5):
+            chosen, *rest = pair_with_margin(optimum + step)
+            losses = reward_distillation_loss(chosen.requires_grad_(), *rest, torch.tensor([difference]), beta=beta).losses
+            assert torch.autograd.grad(losses.sum(), chosen)[0].item() * step > 0
+
+
+def test_at_a_difference_of_one_half_reward_distillation_is_ipo_in_units_of_the_reward():
+    logps = four_logps()
+    ipo, distilled = ipo_loss(*logps, beta=0.3), reward_distillation_loss(*logps, torch.full((6,), 0.5), beta=0.3)
+    torch.testing.assert_close(distilled.losses, 0.3**2 * ipo.losses)
+    torch.testing.assert_close(distilled.margins, ipo.margins)
+
+
+# DRDO
+
+
+def slow_drdo(z_w, z_l, student, oracle, alpha, gamma):
+    """Eq. 6 of one pair, in ordinary numbers."""
+    weight = (1 - sigmoid(z_w - z_l)) ** gamma
+    return (oracle - student) ** 2 - alpha * weight * math.log(math.exp(z_w) / (1 - math.exp(z_l)))
+
+
+def drdo_of(z_w, z_l, student=0.0, oracle=0.0, **arguments):
+    """`drdo_loss` of one pair, given differences of scores."""
+    z_w, z_l, student, oracle = (torch.as_tensor(each, dtype=torch.float64).reshape(1) for each in (z_w, z_l, student, oracle))
+    zero = torch.zeros(1).double()
+    return drdo_loss(z_w, z_l, student, zero, oracle, zero, **arguments).losses
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, student, oracle, alpha, gamma, loss",
+    [
+        # probabilities of the chosen and of the rejected response; the weight is (rejected / (chosen + rejected)) ** gamma
+        (1 / 2, 1 / 2, 1.0, 3.0, 0.1, 2.0, 4.0),  # the logarithm is 0: what is left is the square
+        (1 / 4, 1 / 4, 0.0, 0.0, 1.0, 1.0, LOG3 / 2),  # a tie: weight 1/2, 1/3 inside the logarithm
+        (1 / 4, 1 / 4, 0.0, 0.0, 1.0, 0.0, LOG3),  # gamma 0: weight 1
+        (1 / 4, 1 / 4, 0.0, 0.0, 1.0, 2.0, LOG3 / 4),
+        (1 / 4, 1 / 4, 0.0, 0.0, 0.1, 2.0, LOG3 / 40),
+        (3 / 8, 1 / 8, 2.0, 2.0, 1.0, 2.0, math.log(7 / 3) / 16),  # ranked right: weight (1/4)^2
+        (1 / 8, 3 / 8, 2.0, 2.0, 1.0, 2.0, math.log(5) * 9 / 16),  # ranked wrong
+        (1 / 4, 9 / 10, 0.0, 0.0, 1.0, 0.0, -math.log(5 / 2)),  # as printed a likely rejected response pays
+    ],
+)
+def test_drdo_loss_equals_hand_worked_numbers(chosen, rejected, student, oracle, alpha, gamma, loss):
+    found = drdo_of(math.log(chosen), math.log(rejected), student, oracle, alpha=alpha, gamma=gamma)
+    assert found.item() == pytest.approx(loss, abs=1e-12)
+
+
+def test_drdo_loss_equals_a_slow_loop_and_reports_the_students_scores():
+    z_w, z_l, *scores = -normal(6).abs(), -normal(6, seed=1).abs(), *(normal(6, seed=seed) for seed in range(2, 6))
+    result = drdo_loss(z_w, z_l, *scores, alpha=0.7, gamma=1.5)
+    rows = zip(*(each.tolist() for each in (z_w, z_l, scores[0] - scores[1], scores[2] - scores[3])), strict=True)
+    torch.testing.assert_close(result.losses, torch.tensor([slow_drdo(*row, 0.7, 1.5) for row in rows]).double())
+    assert torch.equal(result.chosen_rewards, scores[0]) and torch.equal(result.rejected_rewards, scores[1])
+    assert torch.equal(drdo_loss(z_w, z_l, *scores).losses, drdo_loss(z_w, z_l, *scores, alpha=0.1, gamma=2.0).losses)
+
+
+@pytest.mark.parametrize(
+    "z_w, z_l, constant, full",
+    [(-2.0, -2.5, -0.0013, 0.033), (-12.0, -10.0, -3.5e-6, 0.22)],
+)
+def test_what_lowers_the_rejected_response_under_drdo_is_the_gradient_through_the_weight(z_w, z_l, constant, full):
+    rejected = torch.tensor([z_l], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(drdo_of(z_w, rejected), rejected)
+    # Eq. 34: the weight held constant; d log(1 - exp(z)) / dz = -exp(z) / (1 - exp(z))
+    held = -0.1 * (1 - sigmoid(z_w - z_l)) ** 2 * math.exp(z_l) / (1 - math.exp(z_l))
+    assert (held, slope.item()) == (pytest.approx(constant, rel=0.03), pytest.approx(full, rel=0.03))
+
+
+def test_the_new_losses_have_the_gradients_of_finite_differences():
+    logps, scores = [-normal(6, seed=seed).abs() for seed in range(4)], [normal(6, seed=seed) for seed in range(4, 8)]
+    for inputs, loss in (
+        (logps, lambda *each: ipo_loss(*each, beta=0.3).losses),
+        (logps, lambda *each: reward_distillation_loss(*each, scores[0], beta=0.3).losses),
+        (logps[:2] + scores[:2], lambda *each: drdo_loss(*each, *scores[2:], alpha=0.7, gamma=1.5).losses),
+        (logps[:2] + scores[:2], lambda *each: drdo_loss(*each, *scores[2:], gamma=0.0).losses),
+    ):
+        assert torch.autograd.gradcheck(loss, [each.requires_grad_() for each in inputs])
+
+
+def test_scores_to_learn_from_carry_no_gradient_and_alpha_0_is_distillation_alone():
+    tensors = [-normal(3, seed=seed).abs().requires_grad_() for seed in range(6)]
+    distilled = reward_distillation_loss(*tensors[:5], beta=0.1).losses.sum()
+    assert torch.autograd.grad(distilled, tensors[4], allow_unused=True) == (None,)
+    slopes = torch.autograd.grad(drdo_loss(*tensors, alpha=0.0).losses.sum(), tensors, allow_unused=True)
+    assert not slopes[0].any() and not slopes[1].any() and slopes[2].all() and slopes[3].all() and slopes[4:] == (None, None)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_drdo_is_finite_in_float32_with_certain_responses_of_one_token_and_at_ten_thousand(gamma):
+    chosen, rejected = [0.0, -1e-7, -1.0, -20.0, -1e4], [0.0, 1e-7, -1e-8, -1e-7, -1e-3, -0.7, -30.0, -1e4]
+    z_w, z_l = torch.cartesian_prod(torch.tensor(chosen), torch.tensor(rejected)).unbind(1)
+    tensors = [each.clone().requires_grad_() for each in (z_w, z_l, torch.zeros(40), torch.zeros(40))]
+    losses = drdo_loss(*tensors, torch.zeros(40), torch.zeros(40), gamma=gamma).losses
+    assert losses.isfinite().all() and all(each.isfinite().all() for each in torch.autograd.grad(losses.sum(), tensors))
+    ordinary = (z_w > -1e3) & (z_l > -1e3) & (z_l <= -1e-3)
+    slow = [slow_drdo(*each, 0.0, 0.0, 0.1, gamma) for each in zip(z_w[ordinary].tolist(), z_l[ordinary].tolist(), strict=True)]
+    assert losses[ordinary].tolist() == pytest.approx(slow, rel=1e-4, abs=1e-9)
+
+
 # Errors
 
 
@@ -290,6 +434,14 @@ def plackett_luce(policy=(2, 3), reference=(2, 3), beta=0.1):
 
 def slic(*shapes, beta=0.1, regularization=0.0):
     return slic_loss(*(torch.zeros(shape) for shape in shapes or [(3,)] * 4), beta=beta, regularization=regularization)
+
+
+def distilled(*shapes, beta=0.1):
+    return reward_distillation_loss(*(torch.zeros(shape) for shape in shapes or [(3,)] * 5), beta=beta)
+
+
+def drdo(*shapes, **arguments):
+    return drdo_loss(*(torch.zeros(shape) for shape in shapes or [(3,)] * 6), **arguments)
 
 
 def offset_of(chosen, rejected, **arguments):
@@ -321,6 +473,11 @@ def offset_of(chosen, rejected, **arguments):
         (lambda: slic((3,), (3,), (2,), (3,)), r"slic_loss: expected four \(B,\).*\(2,\)"),
         (lambda: slic(beta=0.0), "slic_loss: expected finite beta > 0, got 0.0"),
         (lambda: slic(regularization=-0.1), "regularization >= 0, got -0.1"),
+        (lambda: distilled((3,), (3,), (3,), (3,), ()), r"reward_distillation_loss: expected five \(B,\) tensors.*\(\)"),
+        (lambda: distilled(beta=0.0), "reward_distillation_loss: expected finite beta > 0, got 0.0"),
+        (lambda: drdo((3,), (3,), (3,), (3,), (3,), (2,)), r"drdo_loss: expected six \(B,\) tensors.*\(2,\)"),
+        (lambda: drdo(alpha=-1.0), "drdo_loss: expected finite alpha >= 0 and gamma >= 0, got -1.0 and 2.0"),
+        (lambda: drdo(gamma=math.nan), "got 0.1 and nan"),
     ],
 )
 def test_each_misuse_raises_a_value_error_that_says_what_came(call, words):

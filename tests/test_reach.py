@@ -74,7 +74,7 @@ UNSEEN = {
     "the text of a print": changed("training", "runs on padded batches", "is run on padded batches"),
     "plots": changed("plots", "def ", "def _"),
     "what a preset holds": changed("presets", "0.3, 0.7, 1.0)", "0.3, 0.8, 1.0)"),
-    "another loss": changed("losses", "def ipo_loss(", "def ipo_loss_2("),
+    "another loss": changed("losses", "def ppo_loss(", "def ppo_loss_2("),
     "what a notebook alone calls": changed("experiments", "if len(found) > 1]", "if len(found) > 2]"),
     "a definition in another file": moved(),
     "another order": SOURCES | {"losses": ast.unparse(ast.Module(ast.parse(SOURCES["losses"]).body[::-1], []))},

@@ -6,9 +6,10 @@ import pytest
 import torch
 from digits import DigitTokenizer, random_policy, response_logps, responses
 from scipy.stats import chisquare
+from transformers import TopPLogitsWarper
 
 from pdpo.encoding import Encoded
-from pdpo.sampling import sample
+from pdpo.sampling import sample, within_top_p
 
 TOKENIZER = DigitTokenizer()
 PROMPTS = ["1", "12", "3 4 1 2 3", "2 2 1", "4321 1234 4321", "3", "4", "21", "33 12", "1 1 1 1 1 1 1 1"]
@@ -76,6 +77,26 @@ def test_response_frequencies_match_the_softmax_at_temperature(policy):
         assert chisquare(counts, wanted).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.2, 0.8, 0.999])
+def test_top_p_leaves_what_transformers_leaves(top_p):
+    logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left = within_top_p(logits, top_p)
+    assert torch.equal(left, TopPLogitsWarper(top_p)(None, logits)) and 1 <= left.isfinite().sum(-1).min() < 40
+
+
+def test_sampling_is_from_the_nucleus_that_there_is_at_the_temperature_and_a_top_p_of_1_changes_nothing(policy):
+    options = {"temperature": 2.0, "max_new_tokens": 1, "seed": 3, "num_samples": 3000}
+    found = Counter(each.encoded.input_ids[-1] for each in sample(policy, TOKENIZER, ["12"], top_p=0.8, **options))
+    with torch.no_grad():
+        logits = policy(torch.tensor([tokens("12")])).logits[:, -1].double()
+    cold, expected = (TopPLogitsWarper(0.8)(None, logits / temperature).softmax(-1)[0] for temperature in (1, 2))
+    inside = expected.nonzero().flatten().tolist()
+    assert set(found) == set(inside) and cold.count_nonzero() < len(inside) < len(expected)
+    assert chisquare([found[token] for token in inside], 3000 * expected[inside]).pvalue > 1e-4
+    options = {"temperature": 1.0, "max_new_tokens": 8, "seed": 3}
+    assert sample(policy, TOKENIZER, PROMPTS, top_p=1.0, **options) == sample(policy, TOKENIZER, PROMPTS, **options)
+
+
 def test_samples_of_a_prompt_stand_side_by_side_and_differ(policy):
     samples = sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=8, seed=0, num_samples=4)
     assert [each.prompt for each in samples] == [prompt for prompt in PROMPTS for _ in range(4)]
@@ -141,6 +162,8 @@ def test_long_prompts_are_cut_from_the_left_to_leave_room(policy):
         ({"temperature": -0.5}, "temperature > 0"),
         ({"temperature": 0, "num_samples": 2}, "num_samples=1"),
         ({"num_samples": 0}, "num_samples 0"),
+        ({"top_p": 0.0}, "top_p <= 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p <= 1, got 1.1"),
         ({"max_new_tokens": 0}, "max_new_tokens from 1 to 31, got 0"),
         ({"max_new_tokens": 32}, "max_new_tokens from 1 to 31, got 32"),
     ],

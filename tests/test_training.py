@@ -13,6 +13,7 @@ import worker
 
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.encoding import collate
+from pdpo.evaluation import last_hidden
 from pdpo.presets import TrainConfig
 from pdpo.training import (
     SLIC_REGULARIZATION,
@@ -56,7 +57,9 @@ def step_without_update(policy, rows, config) -> tuple[dict, torch.Tensor]:
 # one step
 
 
-@pytest.mark.parametrize("method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("plackett_luce", 10)])
+@pytest.mark.parametrize(
+    "method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("edpo", 4), ("drdo", 4), ("plackett_luce", 10)]
+)
 def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
     policy, rows, config = worker.parts(method)
     rows = rows[:13]
@@ -90,13 +93,16 @@ def test_the_sft_loss_is_transformers_own_loss_with_its_gradient():
     assert (found - gradient(policy)).norm() < 1e-5 * found.norm()
 
 
-@pytest.mark.parametrize("method, expected", [("dpo", math.log(2)), ("plackett_luce", math.log(24))])
-def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings(method, expected):
+@pytest.mark.parametrize(
+    "method, expected", [("dpo", math.log(2)), ("plackett_luce", math.log(24)), ("ipo", 25.0), ("edpo", None)]
+)
+def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings_or_at_the_squared_target(method, expected):
     policy, rows, config = worker.parts(method)
+    expected = expected or sum(row.offset**2 for row in rows) / len(rows)
     record, _ = step_without_update(policy, rows, config)
     evaluated = evaluate_rows(policy, rows, config)
     for found in (record, {key.removeprefix("eval_"): value for key, value in evaluated.items()}):
-        assert found["loss"] == pytest.approx(expected, abs=1e-5)
+        assert found["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-5)
         assert found["accuracy"] == pytest.approx(0.5)  # not the sign of rounding errors
         for key in ("margin", "chosen_reward", "rejected_reward"):
             assert found[key] == pytest.approx(0, abs=1e-5)
@@ -132,14 +138,44 @@ def test_an_offset_and_label_smoothing_reach_the_loss():
         torch.testing.assert_close(losses.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_slic_trains_on_the_papers_hinge():
-    policy, rows, config = worker.parts("dpo")
-    config = replace(config, method="slic", beta=0.5)
-    logps = policy_logps(policy, rows).detach()
-    losses, measured = row_losses(policy, rows, config)
-    hinge = (2 - logps[:, 0] + logps[:, 1]).clamp(min=0) - SLIC_REGULARIZATION * logps[:, 0]
-    torch.testing.assert_close(losses.detach(), hinge)
-    assert measured["margin"].abs().max() < 1e-4  # the policy is still the reference
+@pytest.mark.parametrize(
+    "method, formula",
+    [
+        ("slic", lambda w, l, margin, offset: (2 - w + l).clamp(min=0) - SLIC_REGULARIZATION * w),
+        ("ipo", lambda w, l, margin, offset: (margin / 0.5 - 1) ** 2),
+        ("edpo", lambda w, l, margin, offset: (offset - margin) ** 2),
+    ],
+)
+def test_a_method_trains_on_its_papers_formula(method, formula):
+    policy, rows, config = worker.parts(method)
+    policy.lm_head.weight.data *= 3  # away from the reference
+    logps, reference = policy_logps(policy, rows).detach(), torch.tensor([row.reference_logps for row in rows])
+    losses, measured = row_losses(policy, rows, replace(config, beta=0.5))
+    margins = 0.5 * (logps - reference)
+    margins = margins[:, 0] - margins[:, 1]
+    expected = formula(logps[:, 0], logps[:, 1], margins, torch.tensor([row.offset for row in rows]))
+    torch.testing.assert_close(losses.detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(measured["margin"], margins, rtol=1e-4, atol=1e-4)
+    assert margins.std() > 0.1
+
+
+@pytest.mark.parametrize("method", ["oracle", "drdo"])
+def test_drdo_and_its_oracle_train_on_scores_of_the_last_hidden_state_by_the_papers_formulas(method):
+    policy, rows, config = worker.parts(method)
+    losses, measured = row_losses(policy, rows, replace(config, drdo_alpha=0.7, drdo_gamma=1.0))
+    logps = policy_logps(policy, rows)
+    chosen, rejected = (last_hidden(policy, [row.sequences for row in rows]) @ policy.reward_head).unbind(1)
+    if method == "oracle":  # Eq. 5
+        expected = -0.99 * (chosen - rejected).sigmoid().log() - 0.01 * logps[:, 0]
+    else:  # Eq. 6
+        weight = (logps[:, 1] - logps[:, 0]).sigmoid()
+        contrast = logps[:, 0] - (1 - logps[:, 1].exp()).log()
+        expected = (torch.tensor([row.offset for row in rows]) - (chosen - rejected)) ** 2 - 0.7 * weight * contrast
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(measured["margin"], (chosen - rejected).detach(), rtol=1e-4, atol=1e-5)
+    policy.zero_grad()
+    losses.sum().backward()  # the scores train the whole network, not the head alone
+    assert policy.reward_head.grad.norm() > 0 and all(each.grad.norm() > 0 for each in policy.transformer.h.parameters())
 
 
 @pytest.mark.parametrize("reference_logp, scaler", [(math.nan, torch.amp.GradScaler("cpu")), (math.inf, None)])
@@ -178,7 +214,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
     assert learning_rate(replace(config, steps=1), 0) == 2.0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce", "ipo", "edpo", "drdo", "oracle"])
 def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measurements_where_asked(method):
     policy, rows, config = worker.parts(method)
     config, seen = replace(config, steps=11, num_evaluations=2), []
@@ -238,6 +274,10 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"alpha": -0.1}, "alpha >= 0 .* got -0.1"),
         ({"offset_scale": "cubic"}, "offset_scale .* 'cubic'"),
         ({"method": "slic", "label_smoothing": 0.1}, "label_smoothing 0 for slic"),
+        ({"method": "edpo", "beta": None}, "beta > 0 for edpo"),
+        ({"method": "drdo"}, "beta None for drdo"),
+        ({"drdo_alpha": math.inf}, "drdo_alpha and drdo_gamma >= 0, got inf and 2.0"),
+        ({"drdo_gamma": -1.0}, "drdo_gamma >= 0, got 0.1 and -1.0"),
         ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "got steps 0"),
@@ -269,6 +309,12 @@ def test_rows_that_do_not_suit_the_method_are_refused(method, rows, words):
         train(policy, rows(good), config, show_progress=False)
 
 
+def test_a_policy_without_a_reward_head_is_refused_where_one_is_trained():
+    policy, rows, config = worker.parts("dpo")
+    with pytest.raises(ValueError, match="train: drdo expected a policy with a reward head"):
+        train(policy, rows, replace(config, method="drdo", beta=None), show_progress=False)
+
+
 # checkpoints
 
 
@@ -284,13 +330,14 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp
         train(policy, rows, config, checkpoint=file, show_progress=False)
 
 
-def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "drdo"])
+def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path, method):
     checkpoint, never = tmp_path / "checkpoint.pt", tmp_path / "never"
 
     def saved_step() -> int:
         return torch.load(checkpoint, weights_only=True)["history"][-1]["step"]
 
-    process = python(worker.__file__, "dpo", str(checkpoint), str(never))
+    process = python(worker.__file__, method, str(checkpoint), str(never))
     last = random.randrange(2, 12)
     print("killed after step", last)
     for _ in range(last + 1):  # one announcement comes before the first step
@@ -303,10 +350,10 @@ def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits
     first = saved_step()
     assert first in (last - 1, last)
 
-    process = python(worker.__file__, "dpo", str(checkpoint), str(never), DIE_WHILE_SAVING="17")
+    process = python(worker.__file__, method, str(checkpoint), str(never), DIE_WHILE_SAVING="17")
     announced, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL and not never.exists()
     assert announced.count("step") == 17 - first  # it did go on, not start afresh
     assert saved_step() == 16
 
-    assert same(worker.run("dpo", checkpoint), worker.run("dpo", None))
+    assert same(worker.run(method, checkpoint), worker.run(method, None))

@@ -12,8 +12,8 @@ import torch
 from pdpo import toy
 from pdpo.data import pairs
 from pdpo.encoding import encode_records
-from pdpo.models import load_policy, train_tokenizer
-from pdpo.presets import Preset, TrainConfig
+from pdpo.models import load_policy, train_tokenizer, with_reward_head
+from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, Preset, TrainConfig
 from pdpo.training import Row, train, with_reference_logps
 
 STEPS = 20
@@ -23,7 +23,7 @@ PRESET = Preset("worker", vocab_size=400, embedding=32, layers=2, heads=2, conte
 def parts(method: str):
     """A random policy, rows and a config for one method; a run measures after each step."""
     policy, rows = _parts(method)
-    beta = None if method == "sft" else 0.1
+    beta = None if method in WITHOUT_REFERENCE else 0.1
     config = TrainConfig(method, STEPS, 8, 3e-3, beta=beta, micro_batch_size=8, num_evaluations=STEPS, seed=3)
     return copy.deepcopy(policy), list(rows), config
 
@@ -33,11 +33,15 @@ def _parts(method: str):
     records = toy.load()[::40]
     tokenizer = train_tokenizer(records, vocab_size=400)
     policy = load_policy(PRESET, tokenizer=tokenizer, seed=1)
-    if method in ("dpo", "odpo"):
+    if method not in ("sft", "plackett_luce"):
         records = pairs(records, num_per_prompt=2)
-    rows = [Row(tuple(each)) for each in encode_records(tokenizer, records, max_length=80)]
+    offsets = [record.scores[0] - record.scores[1] if method in ("edpo", "drdo") else 0.0 for record in records]
+    encoded = encode_records(tokenizer, records, max_length=80)
+    rows = [Row(tuple(each), offset) for each, offset in zip(encoded, offsets, strict=True)]
     if method == "sft":
         return policy, [Row((each,)) for row in rows for each in row.sequences]
+    if method in WITH_HEAD:
+        return with_reward_head(policy, seed=2), rows
     return policy, with_reference_logps(policy, rows, micro_batch_size=16)
 
 
