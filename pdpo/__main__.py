@@ -22,7 +22,8 @@ from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import METHODS, PRESETS, Preset, betas_of, get_preset
 from pdpo.sampling import sample
 from pdpo.stages import runs_dir
-from pdpo.statistics import bootstrap_interval, with_interval
+from pdpo.statistics import with_interval
+from pdpo.summary import summary
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
 
@@ -179,6 +180,7 @@ def _train(options: argparse.Namespace) -> int:
     report = data.data_report(records, sft.load_tokenizer())
     del report["leaked_prompts"]  # of a whole file nothing is held out
     print("data: " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    evaluations = []
     for method in dict.fromkeys(["sft", *options.method]):
         (beta,) = betas_of(method, [options.beta])
         run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta)
@@ -187,17 +189,11 @@ def _train(options: argparse.Namespace) -> int:
         print(
             f"{method}: held out, before -> after: " + ", ".join(f"{k[5:]} {a:.3f} -> {b:.3f}" for k, (a, b) in numbers.items())
         )
-        evaluation = experiments.run_win_rate(run)
-        wins = evaluation.column("win")
-        (low, high), ties = bootstrap_interval(wins), (evaluation.samples("win") == 0.5).mean()
-        print(
-            f"{method}: SBERT win rate {wins.mean():.3f} [{low:.3f}, {high:.3f}], ties {ties:.3f}, at temperature 1 ({len(wins)} prompts)"
-        )
-        for row in evaluation.rows[:: max(len(evaluation.rows) // 2, 1)][:2]:
-            print(f"  {row['prompt'][:70]!r} -> {row['text'][:90]!r}")
+        evaluations.append(experiments.run_win_rate(run))
         if options.out is not None and method in options.method and is_leader():
             target = options.out if len(options.method) == 1 else options.out / method
             print(f"{method}: saved in {experiments.copy_run(run, target)}")
+    print(f"\n{summary(evaluations, num_held_out=len(data.load_split(preset.data)[1]))}")
     return 0
 
 
