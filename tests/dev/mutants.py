@@ -197,6 +197,18 @@ MUTANTS = [Mutant(*each) for each in (
     ("win rate: KL of the reference", "run_win_rate.build", "sequence_kl(policy, sft.load_policy()", "sequence_kl(sft.load_policy(), policy", "experiments statistics"),
     ("frontier: one seed's records for all", "run_frontiers", "records[sft.seed]", "records[sfts[0].seed]", "statistics"),
     ("frontier: betas and seeds mixed up", "run_frontiers", "reshape(len(sfts), len(of_name), -1)", "reshape(len(of_name), len(sfts), -1).swapaxes(0, 1)", "statistics"),
+    # nothing silently wrong
+    ("trust: digests not compared", "damage", "file_sha256(path / name) != digest", "not (path / name).exists()", "trust"),
+    ("trust: a record's own digest not compared", "damage", 'record.pop("digest") != _digest(record)', 'not record.pop("digest")', "trust"),
+    ("trust: large weights never read", "check_large_files", "if reason:", "if False:", "trust"),
+    ("trust: a file takes its name before it is on the disk", "replacing", "flush(temporary)", "pass", "trust"),
+    ("trust: a stage takes its name before it is on the disk", "run_stage", "flush(partial)", "pass", "trust"),
+    ("trust: a checkpoint's seal not looked at", "load_checkpoint", "not is_whole(path)", "False", "trust"),
+    ("trust: other seals not looked at", "read_sealed", "not is_whole(path)", "False", "trust"),
+    ("trust: a folder known by its files' times", "source_digest", "file_sha256(path)", "str(path.stat().st_mtime)", "trust"),
+    ("trust: a stage of other libraries taken", "library_versions", '"torch": torch.__version__', '"torch": ""', "trust"),
+    ("trust: missing tensors are random", "_whole", '"missing", "unexpected"', '"unexpected"', "trust"),
+    ("trust: damage is deleted, not set aside", "set_aside", "os.replace(path, target)", "os.rename(path, f'/tmp/{os.getpid()}-{path.name}')", "trust"),
 )]
 # fmt: on
 
