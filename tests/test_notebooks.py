@@ -77,3 +77,43 @@ def test_cells_whose_output_depends_on_training_are_not_compared(notebook):
     for cell in code_cells(notebook):
         has_image = any("image/png" in output.get("data", {}) for output in cell.outputs)
         assert not has_image or "NBVAL_IGNORE_OUTPUT" in cell.source
+
+
+def test_a_prediction_folds_its_answer(notebook):
+    """Asked in one cell, with an answer that has to be opened; the first cell only says how that is meant."""
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "markdown":
+            assert len(re.findall(r"\*Predict\b", cell.source)) <= cell.source.count("<details>"), cell.source
+
+
+def prose_of(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def links(path):
+    """Files that the prose of a notebook or a page links to."""
+    return [path.parent / link for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose_of(path))]
+
+
+NOTEBOOK_FILES = sorted(path for path in (ROOT / "notebooks").glob("**/*.ipynb") if "checkpoint" not in path.name)
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *NOTEBOOK_FILES]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_exist(path):
+    assert not [str(target) for target in links(path) if not target.exists()]
+
+
+def test_each_exercise_is_the_turn_of_some_chapter():
+    exercises = set((ROOT / "notebooks" / "exercises").glob("ex_*.ipynb"))
+    linked = {
+        target.resolve()
+        for path in NOTEBOOKS
+        if "**Your turn, with checks:**" in prose_of(path)
+        for target in links(path)
+        if target.parent.name == "exercises"
+    }
+    assert exercises and linked == exercises
