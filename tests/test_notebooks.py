@@ -117,3 +117,17 @@ def test_each_exercise_is_the_turn_of_some_chapter():
         if target.parent.name == "exercises"
     }
     assert exercises and linked == exercises
+
+
+def numbers(text):
+    return re.findall(r"^(\d+)\. ", text, re.MULTILINE)
+
+
+def test_every_exercise_has_an_answer_under_the_chapters_own_title(notebook):
+    answers = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+    section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", answers, re.MULTILINE | re.DOTALL)
+    exercises = next(cell.source for cell in notebook.cells if "## Exercises" in cell.source).split("## Exercises")[1]
+    assert section and numbers(section[1]) == numbers(exercises) == [str(i + 1) for i in range(len(numbers(exercises)))]
+    for code in re.findall(r"^ *```python\n(.*?)^ *```", section[1], re.MULTILINE | re.DOTALL):
+        compile(re.sub("^   ", "", code, flags=re.MULTILINE), title, "exec")
