@@ -57,7 +57,7 @@ def sft_only(pc, pr, rc, rr, beta):
     return -pc
 
 
-@wrong("dpo_loss", "overflows where a pair is very wrong")
+@wrong("dpo_loss", "underflows to log(0) where a pair is very wrong")
 def naive_sigmoid(pc, pr, rc, rr, beta):
     return -torch.log(1 / (1 + torch.exp(-beta * ((pc - rc) - (pr - rr)))))
 

@@ -232,6 +232,10 @@ def test_a_message_holds_property_input_expected_got_and_cause():
     ]
 
 
+def test_a_message_shows_no_minus_zero():
+    assert core.show(torch.tensor([-0.0, 1.5])) == "[0, 1.5]"
+
+
 def test_an_argument_may_be_keyword_only_as_in_the_package():
     def optimal_policy(reference_logps, scores, *, beta):
         return SECOND["optimal_policy"](reference_logps, scores, beta)

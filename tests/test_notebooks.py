@@ -77,3 +77,57 @@ def test_cells_whose_output_depends_on_training_are_not_compared(notebook):
     for cell in code_cells(notebook):
         has_image = any("image/png" in output.get("data", {}) for output in cell.outputs)
         assert not has_image or "NBVAL_IGNORE_OUTPUT" in cell.source
+
+
+def test_a_prediction_folds_its_answer(notebook):
+    """Asked in one cell, with an answer that has to be opened; the first cell only says how that is meant."""
+    for cell in notebook.cells[1:]:
+        if cell.cell_type == "markdown":
+            assert len(re.findall(r"\*Predict\b", cell.source)) <= cell.source.count("<details>"), cell.source
+
+
+def prose_of(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def links(path):
+    """Files that the prose of a notebook or a page links to."""
+    return [path.parent / link for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose_of(path))]
+
+
+NOTEBOOK_FILES = sorted(path for path in (ROOT / "notebooks").glob("**/*.ipynb") if "checkpoint" not in path.name)
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *NOTEBOOK_FILES]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_exist(path):
+    assert not [str(target) for target in links(path) if not target.exists()]
+
+
+def test_each_exercise_is_the_turn_of_some_chapter():
+    exercises = set((ROOT / "notebooks" / "exercises").glob("ex_*.ipynb"))
+    linked = {
+        target.resolve()
+        for path in NOTEBOOKS
+        if "**Your turn, with checks:**" in prose_of(path)
+        for target in links(path)
+        if target.parent.name == "exercises"
+    }
+    assert exercises and linked == exercises
+
+
+def numbers(text):
+    return re.findall(r"^(\d+)\. ", text, re.MULTILINE)
+
+
+def test_every_exercise_has_an_answer_under_the_chapters_own_title(notebook):
+    answers = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+    section = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", answers, re.MULTILINE | re.DOTALL)
+    exercises = next(cell.source for cell in notebook.cells if "## Exercises" in cell.source).split("## Exercises")[1]
+    assert section and numbers(section[1]) == numbers(exercises) == [str(i + 1) for i in range(len(numbers(exercises)))]
+    for code in re.findall(r"^ *```python\n(.*?)^ *```", section[1], re.MULTILINE | re.DOTALL):
+        compile(re.sub("^   ", "", code, flags=re.MULTILINE), title, "exec")

@@ -176,7 +176,7 @@ def show(value: Any) -> str:
     if isinstance(value, Tensor):
         return show(value.tolist())
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value + 0.0:.5g}"  # 0, not -0
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(show, value)) + "]"
     return value if isinstance(value, str) else repr(value)[:200]

@@ -65,7 +65,7 @@ TASKS = (
         ("the reference is added, not subtracted", lambda pc, pr, rc, rr, beta: _loss(pc, pr, -rc, -rr, beta)),
         ("that is the probability of a wrong order; the loss is minus a logarithm", lambda *x: torch.sigmoid(-_margins(*x))),
         ("that is the margin; minus the log-sigmoid of it is the loss", lambda *x: -_margins(*x)),
-        ("log(sigmoid(x)) overflows where a pair is very wrong: use logsigmoid(x), or -softplus(-x)",
+        ("log(sigmoid(x)) underflows to log(0) where a pair is very wrong: use logsigmoid(x), or -softplus(-x)",
          lambda *x: -torch.sigmoid(_margins(*x)).log()),
         ("that is the loss of SFT: what is rejected does not count in it", lambda *x: -x[0]),
         ("right only when beta = 1: beta multiplies the reference, too", lambda *x: _loss(*x[:2], x[2] / x[4], x[3] / x[4], x[4])),

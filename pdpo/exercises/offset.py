@@ -75,7 +75,7 @@ TASKS = (
         ("the offset multiplies the loss: that weights pairs, and demands nothing", lambda *x: x[4] * _odpo(*x[:4], 0.0, x[5])),
         ("pairs whose margin exceeds the offset cost nothing here: that is a hinge",
          lambda *x: torch.relu(x[4] - x[5] * ((x[0] - x[2]) - (x[1] - x[3])))),
-        ("log(sigmoid(x)) overflows where x is very negative: use logsigmoid(x)", lambda *x: -(-_odpo(*x)).exp().log()),
+        ("log(sigmoid(x)) underflows to log(0) where x is very negative: use logsigmoid(x)", lambda *x: -(-_odpo(*x)).exp().log()),
     ), gradient=(0, 1)),
     task("score_offset", "ex_07", "def score_offset(chosen_scores, rejected_scores, alpha, scale):", (
         'Three scales: "log", log(chosen - rejected); "identity", chosen - rejected; "log_ratio", log chosen - log rejected.',
