@@ -86,7 +86,7 @@ CASES = [
     ("04b", "best_b = ", "2 * average", "1.1 * average", "the report's: subtracting any B reduces variance"),
     ("04b", "relative_P = ", "target / pi - b)", "target - b)", "the energy-based reward without its policy"),
     ("04b", "variances = {}", "torch.tensor([1.0, 0.0])", "torch.tensor([0.9, 0.1])", "the report's: subtracting its B reduces variance"),
-    ("04b", "variances = {}", "for b in (0.0, 1.0)", "for b in (0.0, 2.0)", "subtracting twice the report's B"),
+    ("04b", "variances = {}", "target, b)[1] for b in (0.0, 1.0)", "target, b)[1] for b in (0.0, 2.0)", "subtracting twice the report's B"),
     ("04b", "def L_H", "return -H", "return H", "the report's entropy sign"),
     ("04b", "climbed = {}", "reward - others", "reward", "climbers without a baseline"),
     ("04b", "shifted_losses = ", "moved[torch.cat([w, l])] -= shift", "moved[w] -= shift", "only the chosen are pushed down"),
