@@ -44,7 +44,7 @@ CASES = [
     ("02", "rest = scores[1:]", "torch.stack(joint) / below[-1].prod()", "torch.stack(joint)", "Yellott's step without the division"),
     ("02", "reflected = ", "(three - gumbel_sample", "(three + gumbel_sample", "worst first with noise that is not reflected"),
     ("02", "assert odds_rows[-1]", "many[:size] + noise", "1.1 * many[:size] + noise", "other odds than the axiom's"),
-    ("02", "shared = torch.stack", "noise[:, 1], noise[:, 1]]", "noise[:, 1], noise[:, 2]]", "two buses with a noise of their own"),
+    ("02", "shared = torch.stack", "noise[:, 1], noise[:, 1]]", "noise[:, 1], another]", "two buses with a noise of their own"),
     ("02", "rest = scores[1:]", "runner_up(cut, normal_density, normal_cdf)", "runner_up(cut, *gumbel)", "any noise forgets the winner"),
     ("02", "excess = ", "squared.mean() / (traces[1] / n)", "1.0", "4.63 winners at every n: the formula for large n is exact"),
     # 03
