@@ -44,7 +44,9 @@ CASES = [
     ("02", "rest = scores[1:]", "torch.stack(joint) / below[-1].prod()", "torch.stack(joint)", "Yellott's step without the division"),
     ("02", "reflected = ", "(three - gumbel_sample", "(three + gumbel_sample", "worst first with noise that is not reflected"),
     ("02", "assert odds_rows[-1]", "many[:size] + noise", "1.1 * many[:size] + noise", "other odds than the axiom's"),
-    ("02", "plackett_luce_share = ", "bus + noise[:, 1]], dim", "bus + noise[:, 1].flip(0)], dim", "two buses with a noise of their own"),
+    ("02", "shared = torch.stack", "noise[:, 1], noise[:, 1]]", "noise[:, 1], another]", "two buses with a noise of their own"),
+    ("02", "rest = scores[1:]", "runner_up(cut, normal_density, normal_cdf)", "runner_up(cut, *gumbel)", "any noise forgets the winner"),
+    ("02", "excess = ", "squared.mean() / (traces[1] / n)", "1.0", "4.63 winners at every n: the formula for large n is exact"),
     # 03
     ("03", 'print("policy      reward', "return reward - beta * kl", "return reward - kl", "the objective loses beta"),
     ("03", "Z = unnormalised.sum()", "(scores / beta).exp()", "scores.exp()", "the optimum loses beta"),
@@ -53,11 +55,12 @@ CASES = [
     ("03", "gap = beta * Z.log()", "distance = beta * (", "distance = (", "the identity loses beta"),
     ("03", "gap = beta * Z.log()", "policy_logps - optimum.log()", "policy_logps - reference_logps", "KL to the reference"),
     ("03", "recovered = ", "+ b * log_partition", "+ log_partition", "the implicit reward's log Z loses beta"),
-    ("03", "projected = ", "rewards - beta * log_partition", "rewards - log_partition", "the projection of Theorem 1 loses beta"),
+    ("03", "projected = ", "rewards - 2.0 * log_z", "rewards - log_z", "the projection of Theorem 1 loses beta"),
     ("03", "def project(reward)", "(reward):\n    return reward -", "(reward):\n    return reward +", "Proposition 1 with a wrong sign"),
     ("03", "minus_kl, bound = ", "(p_said * (t - 1))", "(p_said * (1 - t))", "Gibbs' inequality with the tangent turned round"),
     ("03", "def optimum_at(beta)", "(small_scores / beta)", "(small_scores * beta)", "bars with beta the wrong way round"),
-    ("03", "top, bottom = ", "six.logsumexp(1)", "six.exp().sum(1)", "Lemma 1's denominator without its logarithm"),
+    ("03", "def optimum_at(beta)", "(small_scores / beta).exp()", "(small_scores / beta).exp() ** (beta < 5)", "at beta 5, the reference"),
+    ("03", "growth = ", ".logsumexp(1)", ".exp().sum(1)", "Lemma 1's denominator without its logarithm"),
     ("03", "read_off = ", "torch.logit(against_first)", "against_first.log()", "the converse of Lemma 1 with a log for the logit"),
     ("03", "as_printed = ", "shift, f[:, 0] / beta", "shift, f[:, 0]", "Lemma 2 with the report's exponent, r / beta + f"),
     ("03", "with_scores = ", "beta * (found[[w, l]] - reference", "(found[[w, l]] - reference", "a preference read off without beta"),
@@ -75,13 +78,16 @@ CASES = [
     ("04", "pull = {", "b * torch.sigmoid(-b", "torch.sigmoid(-b", "the gradient's prefactor without its beta"),
     ("04", "pull[beta](200.0)", "torch.sigmoid(-b * torch.as_tensor(u))", "torch.relu(1 - torch.as_tensor(u) * b)", "where pulling stops"),
     ("04", "before = kl_divergence", "(p * forward + (1 - p) * backward)", "(p * forward)", "labels that all follow one order"),
+    ("04", "descents = {", "loss = (label_probability", "loss = beta * (label_probability", "the smallest loss rises with beta"),
     ("04", "descents = {", "> few.scores[b]).double()", "> few.scores[b]).double() * 0.9 + 0.05", "score labels, one in twenty flipped"),
     # 04b
     ("04b", "best_b = ", "reward = scores - BETA * (", "reward = scores - (", "the policy gradient's KL price loses beta"),
     ("04b", "best_b = ", "torch.eye(256) - probabilities", "torch.eye(256)", "the gradient of log pi without its normaliser"),
     ("04b", "best_b = ", "2 * average", "1.1 * average", "the report's: subtracting any B reduces variance"),
-    ("04b", "relative_P = ", "relative_P / pi - b)", "relative_P - b)", "the energy-based reward without its policy"),
-    ("04b", "step_up = ", "entropy(now - step_up)", "entropy(now + step_up)", "the report's entropy sign"),
+    ("04b", "relative_P = ", "target / pi - b)", "target - b)", "the energy-based reward without its policy"),
+    ("04b", "variances = {}", "torch.tensor([1.0, 0.0])", "torch.tensor([0.9, 0.1])", "the report's: subtracting its B reduces variance"),
+    ("04b", "variances = {}", "target, b)[1] for b in (0.0, 1.0)", "target, b)[1] for b in (0.0, 2.0)", "subtracting twice the report's B"),
+    ("04b", "def L_H", "return -H", "return H", "the report's entropy sign"),
     ("04b", "climbed = {}", "reward - others", "reward", "climbers without a baseline"),
     ("04b", "shifted_losses = ", "moved[torch.cat([w, l])] -= shift", "moved[w] -= shift", "only the chosen are pushed down"),
     ("04b", "shifted_losses = ", "scores[w] > scores[l], w, l), torch", "scores[w] < scores[l], w, l), torch", "the worse one chosen"),
@@ -98,12 +104,13 @@ CASES = [
     ("05", "dpo_tilted = ", "beta=0.5 / 2.0)", "beta=0.5)", "the tilted reference loses alpha"),
     ("05", "assert path[1000, 0]", "torch.ones(len(i))", "torch.full((len(i),), 0.9)", "score labels, one in ten flipped: a minimiser"),
     ("05", "gains = {}", "difference[:, shuffle]", "difference", "a control that is not shuffled"),
+    ("05", "gains = {}", "endless[:, 0], endless[:, 1]", "frontier_kl, frontier_reward", "DPO's endless path is the frontier"),
     ("05", "clean = {", "if noisy else scores[a] > scores[b]", "if True else None", "labels by score that are noisy after all"),
 ]
 # fmt: on
 
 
-# cells that take seconds and that nothing after them needs (the second reads the first's result): run only where they assert,
+# cells that take seconds and that nothing but each other needs (a reader stands after what it reads): run only where they assert,
 # or are what is broken
 SLOW = [
     "policy = TabularPolicy(reference_logps)\nbefore = ",
@@ -112,6 +119,9 @@ SLOW = [
     "predicted = optimal",
     "labs = [make_lab",
     "climbed = {}",
+    "recovery = []",
+    "theory = [",
+    "five_policies = ",
 ]
 
 
