@@ -124,7 +124,7 @@ def run_preference(
     def build(folder: Path) -> None:
         scored, scored_held_out = records, held_out_records
         if reward_model:
-            why = "the oracle is" if method == "drdo" else f"{num_unscored} pairs have no scores; all are given those of"
+            why = "the oracle is" if method == "drdo" else f"{num_unscored} of the pairs have no scores; all take those of"
             print(f"{method}: {why} {reward_model}")
             scored, scored_held_out = reward_model.scored(records), reward_model.scored(held_out_records)
         tokenizer, policy = sft.load_tokenizer(), sft.load_policy()  # which at this moment is the reference, too

@@ -184,6 +184,13 @@ def test_without_scores_those_of_the_reward_model_are_taken_which_is_said(unscor
         run_dpo(unscored, method="odpo", offset_scale="log_ratio")
 
 
+def test_e_dpo_takes_the_reward_models_scores_for_all_pairs_where_one_has_none(quick, capsys):
+    made = pdpo.pairs(pdpo.load_split(quick.data)[0], num_per_prompt=quick.pairs_per_prompt)[:20]
+    for records, said in ((made, False), ([replace(made[0], scores=None), *made[1:]], True)):
+        run_dpo(quick, method="edpo", records=records, steps=1)
+        assert ("edpo: 1 of the pairs have no scores; all take those of a reward model" in capsys.readouterr().out) is said
+
+
 def test_the_reward_model_never_sees_scores(unscored, tmp_path, monkeypatch):
     rows = json.loads(Path(unscored.data).read_text())  # two files of one order, with and without scores
     scored = tmp_path / "scored.json"
