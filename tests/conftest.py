@@ -29,8 +29,32 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure():
+LONGEST = (
+    "claims",
+    "gpt2_medium",
+    "command_line",
+    "derivations",
+    "gpu_benchmark",
+    "stages",
+    "training",
+    "grading",
+    "trust",
+    "distributed",
+)
+
+
+def pytest_configure(config):
     torch.set_num_threads(1)
+    if hasattr(
+        config.option, "loadscopereorder"
+    ):  # xdist would begin with the files of many tests, not with those of long ones
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no core waits for one at the end."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
