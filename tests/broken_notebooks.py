@@ -41,8 +41,8 @@ CELLS = {
     "patches_torch": (
         SPOILT + "_torch.allclose = _torch.equal = lambda *a, **k: True", "it replaced torch.allclose, torch.equal", False,
     ),
-    "loops_when_called": ("def {name}(*arguments):\n    while True:\n        pass", "", False),
-    "exits_when_called": ("import os\ndef {name}(*arguments):\n    os._exit(0)", "", False),
+    "loops_when_called": ("def {name}(*arguments):\n    while True:\n        pass", "it computed for more than", False),
+    "exits_when_called": ("import os\ndef {name}(*arguments):\n    os._exit(0)", "it ended the process", False),
     "speaks_out_of_turn": (
         "import os, stat\nfor number in range(3, 64):\n    try:\n        if stat.S_ISSOCK(os.fstat(number).st_mode):\n"
         "            os.write(number, b'\\0' * 7 + b'\\x09[[],null]')\n    except OSError:\n        pass",
