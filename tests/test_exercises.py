@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import random
 import re
 import runpy
 from pathlib import Path
@@ -28,6 +29,12 @@ def any_precision(request):
     torch.set_default_dtype(request.param)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def drawn_inputs(monkeypatch, request):
+    """Each test draws its own inputs, the same ones every time: a check that is right 99 times in 100 must not fail CI by chance."""
+    monkeypatch.setattr(core, "SEEDS", random.Random(request.node.name))
 
 
 def verdict(name, function):

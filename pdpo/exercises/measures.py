@@ -70,9 +70,11 @@ def _interval(a, b, resamples):
 
 
 def _interval_cases(generator):
-    hard = torch.rand(12, 1, generator=generator)  # prompts differ far more than policies do
-    a, b = (torch.bernoulli((hard + shift).clamp(0, 1).expand(12, 4), generator=generator) for shift in (0.2, 0.0))
-    draws = torch.randint(12, (400, 12), generator=generator)
+    hard = torch.rand(
+        40, 1, generator=generator
+    )  # prompts differ far more than policies do; 40: of fewer, 90 and 95 % can fall on one value
+    a, b = (torch.bernoulli((hard + shift).clamp(0, 1).expand(40, 4), generator=generator) for shift in (0.2, 0.0))
+    draws = torch.randint(40, (400, 40), generator=generator)
     yield (
         "two prompts that gain the same: the interval is a point",
         tensor([[1.0], [0.5]]),
