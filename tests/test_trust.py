@@ -20,7 +20,7 @@ import pdpo
 from pdpo import __main__, experiments, files, kept, models
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.files import is_whole, read_sealed, source_digest, write_sealed
-from pdpo.stages import check_large_files, run_stage, runs_dir
+from pdpo.stages import check_large_files, runs_dir
 
 
 def flip(file: Path) -> None:
@@ -122,17 +122,12 @@ def test_files_reach_the_disk_before_they_take_their_name(tmp_path, monkeypatch)
     assert seen == ["on disk", "named"]
 
 
-def test_a_stage_reaches_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+def test_a_stage_reaches_the_disk_before_it_takes_its_name(quick, monkeypatch):
     seen, fsync, rename = [], os.fsync, os.replace
-    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.fstat(number).st_ino) or fsync(number))
     monkeypatch.setattr(os, "replace", lambda *paths: seen.append(str(paths[1])) or rename(*paths))
-
-    def build(folder):
-        (folder / "weights").write_text("many")
-
-    path, _ = run_stage("group", "stage", {}, build)
-    assert seen.index((path / "weights").stat().st_ino) < seen.index(str(path))
+    path = experiments.run_sft(quick).path
+    assert seen.index((path / "policy" / "model.safetensors").stat().st_ino) < seen.index(str(path))
 
 
 class Encoder:
