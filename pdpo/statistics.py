@@ -40,7 +40,7 @@ def variance_components(values) -> dict[str, float]:
 
     The mean over S seeds, N prompts and K samples of each has variance seed / S + prompt / N + both / (S N) + sample / (S N K).
 
-    Args: values: (S, N, K), K samples of each prompt from each seed's policy, or the paired differences of two policies.
+    Args: values: (S, N, K), K independent samples of each prompt from each seed's policy, or paired differences of two policies.
     Returns: seed, prompt, both, sample: unbiased estimates, of which one can come out below 0, and is then near 0.
     Source: two-way random effects with replication, by expected mean squares; Searle 1992, "Variance components", section 4.3."""
     values = np.asarray(values, dtype=float)
@@ -92,7 +92,9 @@ def p_value(estimate: float, draws) -> float:
 
 
 def holm(p_values) -> np.ndarray:
-    """(M,) p-values -> (M,) adjusted so that all are below 0.05 by chance alone at most once in twenty families. Holm 1979."""
+    """(M,) p-values -> (M,) adjusted for their number: where nothing differs, any of them is below 0.05 once in twenty families at most.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure"."""
     p_values = np.asarray(p_values, dtype=float)
     order, adjusted = np.argsort(p_values), np.empty(len(p_values))
     adjusted[order] = np.minimum(np.maximum.accumulate((len(p_values) - np.arange(len(p_values))) * p_values[order]), 1)

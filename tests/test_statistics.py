@@ -22,6 +22,7 @@ from pdpo.statistics import (
     height_between,
     height_with_interval,
     holm,
+    p_value,
     pareto_set,
     resampled,
     tilted,
@@ -110,6 +111,12 @@ def test_the_tilt_of_samples_is_the_exact_optimum_where_each_response_was_sample
     assert mean[0] == pytest.approx((optimum.exp() * torch.tensor([1.0, 3.0, 8.0])).sum().item())
     assert kl[0] == pytest.approx(exact.kl_divergence(optimum, reference).item()) and 1 < size[0] < 4
     assert tilted(scores, 1e9)[1:] == pytest.approx((0, 4), abs=1e-6) and tilted(scores, 1e-9)[0] == 8
+
+
+def test_an_estimate_of_two_standard_errors_has_the_p_value_that_scipys_normal_gives_both_tails():
+    draws = np.random.default_rng(0).normal(3, 0.7, size=5000)
+    for estimate in (0.0, 1.4, -1.4):
+        assert p_value(estimate, draws) == pytest.approx(2 * scipy.stats.norm.sf(abs(estimate) / draws.std()))
 
 
 def test_holm_multiplies_the_smallest_p_value_by_the_number_of_comparisons_the_next_by_one_less():

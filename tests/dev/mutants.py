@@ -209,6 +209,19 @@ MUTANTS = [Mutant(*each) for each in (
     ("trust: a stage of other libraries taken", "library_versions", '"torch": torch.__version__', '"torch": ""', "trust"),
     ("trust: missing tensors are random", "_whole", '"missing", "unexpected"', '"unexpected"', "trust"),
     ("trust: damage is deleted, not set aside", "set_aside", "os.replace(path, target)", "os.rename(path, f'/tmp/{os.getpid()}-{path.name}')", "trust"),
+    # what a person sees at the end, and asks afterwards
+    ("person: overfitting not seen", "warnings", "losses[-1] > 1.02 * min(losses)", "False", "summary"),
+    ("person: wide intervals not said", "warnings", "> 0.2:", "> 2:", "summary"),
+    ("person: random weights not said", "warnings", "sft.preset.model is None", "False", "summary"),
+    ("person: units not said", "warnings", "len(measured) > 2", "False", "summary"),
+    ("person: a length gap not said", "warnings", "if not 2 / 3 < length / tokens[0] < 1.5:", "if False:", "summary"),
+    ("person: answers of another prompt", "_first_of_each_prompt", "[:: evaluation.num_samples]", "[1 :: evaluation.num_samples]", "summary"),
+    ("person: the template ends elsewhere", "chat_template", "{{ messages[-1]['content'] | trim + eos_token }}", "{{ messages[-1]['content'] | trim }}", "encoding"),
+    ("person: white space of a prompt kept", "chat_template", "{{ prompt[0]['content'] | trim }}", "{{ prompt[0]['content'] }}", "encoding"),
+    ("win rate: another reference ignored", "run_win_rate", "reference or run.sft", "run.sft", "experiments"),
+    ("win rate: the judge sees the last samples", "run_win_rate.build", "i % num_samples < num_judged", "i % num_samples >= num_samples - num_judged", "experiments"),
+    ("tilt: towards the worst", "tilted", "/ beta)", "/ -beta)", "statistics"),
+    ("p-value: one side", "p_value", "math.erfc(", "0.5 * math.erfc(", "statistics"),
 )]
 # fmt: on
 
