@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test exercises lint torture clean
+.PHONY: run test exercises results browser lint torture clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m pdpo run
@@ -17,6 +17,17 @@ test: $(VENV)/.installed
 # notebooks/exercises (stubs) from notebooks/solutions (what is edited and tested)
 exercises: $(VENV)/.installed
 	$(BIN)/python notebooks/make_exercises.py
+
+# README's numbers and its first figure, from the files that they come from
+results: $(VENV)/.installed
+	$(BIN)/python tests/dev/results.py
+
+# JupyterLab in a headless Chromium; where no Chromium can be fetched, one that the machine has (Debian: apt install chromium)
+browser: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[browser]" || echo "playwright cannot be installed here"
+	command -v chromium || timeout 600 $(BIN)/playwright install chromium || echo "no Chromium could be fetched; the test will say so"
+	look() { PDPO_TEST_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m pytest -p no:nbval -rs tests/test_browser.py; }; \
+	look || test $$? -eq 5 || look  # 5: skipped; a page that was slow to connect gets a second chance
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check pdpo tests notebooks benchmarks

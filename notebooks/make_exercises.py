@@ -13,7 +13,12 @@ from nbformat import NotebookNode
 from pdpo.exercises import tasks
 
 HERE = Path(__file__).resolve().parent
-STUB = 'raise NotImplementedError("Your turn: write {0}, run this cell again, then go on. Stuck? hint({0!r})")'
+STUB = (
+    "raise NotImplementedError(",
+    '    "Your turn: write {0}, run this cell again, then go on. "',
+    '    "Stuck? hint({0!r})"',
+    ")",
+)
 
 
 def stub(source: str) -> str:
@@ -24,7 +29,7 @@ def stub(source: str) -> str:
             name = name if inside else found[1]
         if line.strip() == "# solution":
             inside = True
-            lines.append(line.replace("# solution", STUB.format(name)))
+            lines += [line.replace("# solution", each.format(name)) for each in STUB]
         elif line.strip() == "# end":
             inside = False
         elif not inside:

@@ -26,6 +26,11 @@ class Preference:
     responses: tuple[str, ...]
     scores: tuple[float, ...] | None = None
 
+    def __repr__(self) -> str:
+        scores = "" if self.scores is None else f", scores {self.scores[0]:g} to {self.scores[-1]:g}"
+        best, worst = short(self.responses[0]), short(self.responses[-1])
+        return f"<Preference {short(self.prompt)}: {best} over {worst}, K = {len(self.responses)}{scores}>"
+
     def __post_init__(self):
         if len(self.responses) < 2:
             raise ValueError(f"expected at least 2 responses, got {len(self.responses)}. A preference compares responses.")
@@ -52,6 +57,13 @@ class Preference:
         return self.responses
 
 
+class Records(list):
+    """Preferences; a list that a cell shows in one line, and not all of it."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} preferences{f', the first: {self[0]!r}' if self else ''}>"
+
+
 def load_preferences(path_or_name: str | Path) -> list[Preference]:
     """The records of a named data set or of a file: one Preference a row, in the file's order, duplicates kept.
 
@@ -62,7 +74,7 @@ def load_preferences(path_or_name: str | Path) -> list[Preference]:
         {instruction, [input], chosen, rejected}                      the `instructions` data set"""
     name, path = str(path_or_name), Path(path_or_name)
     if name == "toy":
-        return list(_toy())
+        return Records(_toy())
     if name in SOURCES:
         path = locate(*SOURCES[name])
     elif path.suffix not in (".json", ".jsonl"):
@@ -96,7 +108,7 @@ def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
         dropped["repeated"] += text in of_prompt
         if text:
             of_prompt.setdefault(text, []).append(score)
-    records = []
+    records = Records()
     for prompt, of_prompt in scores.items():
         ranked = sorted(((sum(each) / len(each), text) for text, each in of_prompt.items()), key=lambda item: -item[0])
         if len(ranked) < 2 or ranked[0][0] == ranked[-1][0]:
@@ -127,7 +139,7 @@ def split(
     if any(size < 1 for size, fraction in zip(sizes, fractions, strict=True) if fraction > 0):
         raise ValueError(f"split: expected enough prompts for three parts, got {len(prompts)} prompts: {sizes}. Add data.")
     part_of = {prompt: 0 if i < first else 1 if i < second else 2 for i, prompt in enumerate(prompts)}
-    parts: tuple[list, list, list] = ([], [], [])
+    parts = (Records(), Records(), Records())
     for record in records:
         parts[part_of[record.prompt.strip()]].append(record)
     return parts
@@ -142,7 +154,7 @@ def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Prefere
     records = [record for record in loaded if not identical(record)]
     if not records:
         raise ValueError(f"{path_or_name}: expected rows with different responses, got {len(loaded)} rows of equal ones.")
-    return (toy.split if str(path_or_name) == "toy" else split)(records, seed=0)
+    return tuple(Records(part) for part in (toy.split if str(path_or_name) == "toy" else split)(records, seed=0))
 
 
 def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed: int = 0) -> list[Preference]:
@@ -152,7 +164,7 @@ def pairs(records: list[Preference], *, num_per_prompt: int | None = None, seed:
     Returns: Pairs in the order of `records`; training shuffles them, so that those of one prompt spread over batches. Left out:
         pairs of one text twice, which teach nothing, and ties of a ranking with K > 2, whose order is an accident."""
     rng = random.Random(seed)
-    made = []
+    made = Records()
     for record in records:
         texts, num = record.responses, len(record.responses)
         ranks = record.scores if record.scores is not None and num > 2 else range(num)
@@ -215,7 +227,7 @@ def fingerprint(records: list[Preference]) -> str:
 
 
 def _read(path: Path) -> list[Preference]:
-    records = []
+    records = Records()
     for where, row in read_rows(path):
         try:
             record = Preference(*parse_row(row))

@@ -6,8 +6,6 @@ import os
 import psutil
 import torch
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def device() -> torch.device:
     """cuda where present, else cpu; of the processes that torchrun starts on one machine, each has its own GPU."""
@@ -32,7 +30,7 @@ def autocast(device: torch.device, precision: str):
     """Runs matrix products in `precision`; float32 is no autocast at all."""
     if precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def num_cores() -> int:

@@ -10,6 +10,7 @@ from pdpo import toy
 from pdpo.device import autocast
 from pdpo.encoding import Encoded, collate, in_batches
 from pdpo.losses import reward_model_loss
+from pdpo.progress import progress
 from pdpo.sampling import Sample
 
 TIE = 1e-6  # cosines closer than this count as equal: float32 embeddings repeat to about 1e-7
@@ -38,7 +39,7 @@ def sequence_kl(policy, reference, samples: list[Sample], *, batch_size: int = 6
     policy.eval(), reference.eval()
     device = next(policy.parameters()).device
     results = torch.zeros(4, len(samples))
-    for rows in in_batches([len(each.encoded.input_ids) for each in samples], batch_size):
+    for rows in progress(in_batches([len(each.encoded.input_ids) for each in samples], batch_size), "KL"):
         batch = collate([samples[i].encoded for i in rows], device=device)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
         with autocast(device, precision):
@@ -76,7 +77,7 @@ def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64,
     sequences = [each for record in responses for each in record]
     features = torch.zeros(len(sequences), policy.config.hidden_size)
     device = next(policy.parameters()).device
-    for part in in_batches([len(each.input_ids) for each in sequences], batch_size):
+    for part in progress(in_batches([len(each.input_ids) for each in sequences], batch_size), "features of the reward model"):
         batch = collate([sequences[i] for i in part], device=device)  # right padding: a causal model ignores it
         lengths = batch.attention_mask.sum(1).cpu()
         with autocast(device, precision):

@@ -10,6 +10,7 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grade
 from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
 from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision, with_reward_head
 from pdpo.presets import Preset, TrainConfig, betas_of, get_preset
-from pdpo.reach import code_version
+from pdpo.reach import SOURCES, code_version, read_sources
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.sampling import sample
 from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
 from pdpo.statistics import Frontier
-from pdpo.training import Row, preference_rows, train, with_reference_logps
+from pdpo.training import Row, drawn_rows, preference_rows, train, with_reference_logps
+
+if read_sources() != SOURCES:  # modules are imported when first needed: which of the two texts runs, nobody could say
+    raise ValueError("pdpo: its files have changed since this process first imported it. Restart the kernel, or the program.")
 
 
 def start(preset: str | Preset | None = None) -> Preset:
@@ -51,6 +55,8 @@ def start(preset: str | Preset | None = None) -> Preset:
     print(
         f"preset {chosen.name}: {processes}{hardware}, {chosen.precision}, data {chosen.data}, results in {shown(runs_dir() / chosen.name)}"
     )
+    if chosen.data != "toy":
+        print(f"the text tells of the toy (preset tiny); here the data is {chosen.data}: read the figures instead")
     return chosen
 
 
@@ -98,9 +104,9 @@ def run_preference(
 
     Args:
         sft: where to start from.
-        method: "dpo", "odpo", "ipo", "edpo", "drdo", "slic" or "plackett_luce". ODPO where the data has no scores, and e-DPO
-            where any are missing, take those of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs.
-        beta: KL strength; a larger beta keeps the policy closer to the reference. None for DRDO, which has none.
+        method: one of `presets.METHODS` but SFT. ODPO where the data has no scores, and e-DPO where any are missing, take those
+            of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs.
+        beta: KL strength; a larger beta keeps the policy closer to the reference. None for DRDO, SimPO and ORPO, which have none.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         changes: other hyperparameters than those of the preset (`preset.preference`): fields of `TrainConfig`, such as
             alpha, steps or num_evaluations (held-out measurements take a third of a run's time).
@@ -133,7 +139,8 @@ def run_preference(
         if method == "drdo":
             with_reward_head(policy, seed=config.seed)
         else:
-            rows, held_out = (_with_cached_reference(sft, policy, each) for each in (rows, held_out))
+            rows = _with_cached_reference(sft, policy, rows, drawn_rows(len(rows), config))
+            held_out = _with_cached_reference(sft, policy, held_out, range(len(held_out)))
 
         def measure(policy) -> dict:
             samples = sample(
@@ -238,17 +245,26 @@ def _read_reward_model(path: Path, reads: Run, *, num_pairs: int) -> RewardModel
     return RewardModel(path, reads, torch.tensor(stored["weights"]), np.array(stored["held_out"]), num_pairs=num_pairs)
 
 
-def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = None) -> Evaluation:
-    """Samples of one run's policy on the test prompts, judged by SBERT and, on `toy`, graded against the truth.
+def run_win_rate(
+    run: Run,
+    *,
+    temperature: float = 1.0,
+    reference: Run | None = None,
+    records: list[Preference] | None = None,
+    top_p: float = 1.0,
+) -> Evaluation:
+    """Samples of one run's policy on the test prompts, or on those of `records`, judged by SBERT and, on `toy`, graded against the truth.
 
     Args:
         run: of SFT or of a preference method; its preset names test prompts, judge, and samples a prompt (one at temperature
             0), of which the first `num_judged` go to the judge, and are what the KL is measured on.
         temperature: of the sampling, >= 0; its seed is the run's, so that all runs of a seed meet the same noise.
         reference: what the KL is measured from; None is the SFT run that it started from.
+        records: prompts to answer, with their best and worst responses for the judge; None is the test split.
+        top_p: see `sample`; with less than 1 no KL is measured, as at other temperatures than 1.
     """
     preset, sft = run.preset, reference or run.sft
-    test = load_split(preset.data)[2]
+    test = load_split(preset.data)[2] if records is None else records
     num_samples = preset.num_samples if temperature > 0 else 1
     num_judged = min(preset.num_judged, num_samples)
 
@@ -257,15 +273,17 @@ def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = 
         prompts = [record.prompt for record in test]
         samples = sample(
             policy, tokenizer, prompts, temperature=temperature, max_new_tokens=preset.max_new_tokens, seed=run.seed,
-            num_samples=num_samples, precision=preset.precision,
+            num_samples=num_samples, top_p=top_p, precision=preset.precision,
         )  # fmt: skip
         repeated = [record for record in test for _ in range(num_samples)]
         chosen, rejected = [record.responses[0] for record in repeated], [record.responses[-1] for record in repeated]
-        judge = load_judge(preset, cache_dir=runs_dir() / "judge")
         judged = [i for i in range(len(samples)) if i % num_samples < num_judged]
         few, better, worse = ([each[i] for i in judged] for each in (samples, chosen, rejected))
-        closer = {"win": win_values(judge, [each.text for each in few], better, worse)}
-        if temperature == 1:
+        closer = {}
+        if judged:
+            judge = load_judge(preset, cache_dir=runs_dir() / "judge")
+            closer["win"] = win_values(judge, [each.text for each in few], better, worse)
+        if judged and temperature == 1 == top_p:
             kl = sequence_kl(policy, sft.load_policy(), few, batch_size=preset.micro_batch_size, precision=preset.precision)
             closer |= {"kl": kl.exact, "kl_k1": kl.k1, "kl_k3": kl.k3, "num_tokens": kl.num_tokens}
         rows = [
@@ -282,6 +300,7 @@ def run_win_rate(run: Run, *, temperature: float = 1.0, reference: Run | None = 
         "run": run.path.name,
         "sft": sft.path.name,
         "temperature": temperature,
+        "top_p": top_p,
         "seed": run.seed,
         "num_samples": num_samples,
         "num_judged": num_judged,
@@ -326,13 +345,18 @@ def run_frontiers(sfts: list[Run], arguments: dict[str, dict]) -> dict[str, Fron
     measured = iter(run_all(_trained_and_measured, settings))
     frontiers = {}
     for name, of_name in betas.items():
-        stages = tuple(itertools.islice(measured, len(sfts) * len(of_name)))
-        kl, score = (
-            np.array([each.column(key) for each in stages]).reshape(len(sfts), len(of_name), -1)
-            for key in ("kl", "score" if preset.data == "toy" else "win")
-        )
-        frontiers[name] = Frontier(of_name, kl, score, stages)
+        stages = itertools.islice(measured, len(sfts) * len(of_name))
+        frontiers[name] = frontier_of(of_name, list(stages), num_seeds=len(sfts))
     return frontiers
+
+
+def frontier_of(betas: tuple[float | None, ...], stages: list[Evaluation], *, num_seeds: int) -> Frontier:
+    """The frontier of one method's evaluations: all betas of the first seed, then of the next."""
+    kl, score = (
+        np.array([each.column(key) for each in stages]).reshape(num_seeds, len(betas), -1)
+        for key in ("kl", "score" if stages[0].run.preset.data == "toy" else "win")
+    )
+    return Frontier(betas, kl, score, tuple(stages))
 
 
 def _trained_and_measured(sft: Run, *, method: str, beta: float | None, **options) -> Evaluation:
@@ -368,18 +392,22 @@ def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preferenc
     return records, counts
 
 
-def _with_cached_reference(sft: Run, policy, rows: list[Row]) -> list[Row]:
-    """`with_reference_logps`, kept in a file beside the SFT stage: runs of all methods and betas share it."""
-    content = [sft.path.name, sft.preset.precision, [row.sequences for row in rows], code_version(with_reference_logps)]
+def _with_cached_reference(sft: Run, policy, rows: list[Row], needed: Sequence[int]) -> list[Row]:
+    """`with_reference_logps` of those needed, kept in a file beside the SFT stage: runs of all methods and betas share it."""
+    wanted = [rows[i] for i in needed]
+    content = [sft.path.name, sft.preset.precision, [row.sequences for row in wanted], code_version(with_reference_logps)]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = sft.path.with_name(f"{sft.path.name}-reference-{key}.json")
     kept = on_leader(lambda: read_sealed(path))
     if kept is None:
         preset = sft.preset
-        done = with_reference_logps(policy, rows, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
+        done = with_reference_logps(policy, wanted, micro_batch_size=preset.micro_batch_size, precision=preset.precision)
         kept = json.dumps([row.reference_logps for row in done]).encode()
         on_leader(lambda: write_sealed(path, kept))
-    return [replace(row, reference_logps=tuple(values)) for row, values in zip(rows, json.loads(kept), strict=True)]
+    rows = list(rows)
+    for i, values in zip(needed, json.loads(kept), strict=True):
+        rows[i] = replace(rows[i], reference_logps=tuple(values))
+    return rows
 
 
 def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainConfig, *, held_out, measure=None) -> None:

@@ -11,7 +11,9 @@ from pdpo.stages import damage, library_versions, runs_dir
 def kept_stages() -> list[dict]:
     """One dict a folder of runs/: stage (its path there), bytes, days since it was made, why_not ("" where it is current)."""
     found = [
-        path for path in sorted(runs_dir().glob("*/*")) if path.is_dir() and path.parent.name not in ("judge", "notebooks")
+        path
+        for path in sorted(runs_dir().glob("*/*"))
+        if path.is_dir() and path.parent.name not in ("judge", "notebooks", "figures", "tensorboard")
     ]
     return [
         {

@@ -226,6 +226,64 @@ def drdo_loss(
     return PairLoss(losses, student_chosen_scores.detach(), student_rejected_scores.detach())
 
 
+def simpo_loss(
+    policy_chosen_mean_logps: Tensor, policy_rejected_mean_logps: Tensor, *, scale: float, offset: float = 0.0
+) -> PairLoss:
+    r"""SimPO: DPO without a reference, on log-probabilities per token, with one offset for all pairs.
+
+    .. math:: \mathcal{L} = -\log \sigma\Big( \frac{\beta}{|y_w|} \log \pi_\theta(y_w|x)
+              - \frac{\beta}{|y_l|} \log \pi_\theta(y_l|x) - \gamma \Big)
+    Args: policy_chosen_mean_logps, policy_rejected_mean_logps: (B,) nats a token; carry the gradient.
+          scale: > 0; the paper's beta, which is no KL strength: nothing here keeps the policy close to anything.
+          offset: the paper's gamma, in units of the rewards, scale * mean_logps; at 0 equal means give log 2.
+    Returns: PairLoss; losses in nats.
+    Source: Meng 2024, arXiv:2405.14734, Eq. 6."""
+    zeros = torch.zeros_like(policy_chosen_mean_logps)
+    return dpo_loss(policy_chosen_mean_logps, policy_rejected_mean_logps, zeros, zeros, beta=scale, offset=offset)
+
+
+def orpo_loss(policy_chosen_mean_logps: Tensor, policy_rejected_mean_logps: Tensor, *, weight: float) -> PairLoss:
+    r"""ORPO: imitation of the chosen response, and a little of the odds ratio; no reference.
+
+    .. math:: \mathcal{L} = -\log P_w - \lambda \log \sigma\Big( \log \frac{P_w}{1 - P_w} - \log \frac{P_l}{1 - P_l} \Big), \qquad
+              P = \pi_\theta(y|x)^{1/|y|}
+    Args: policy_chosen_mean_logps, policy_rejected_mean_logps: (B,) nats a token, <= 0; carry the gradient.
+          weight: lambda >= 0; 0 is SFT on the chosen responses.
+    Returns: PairLoss; losses in nats; the rewards are weight * mean_logps.
+    Source: Hong 2024, arXiv:2403.07691, Eq. 6 and 7. Differs: 1 - P is at least the dtype's eps."""
+    _check_pairs("orpo_loss", policy_chosen_mean_logps, policy_rejected_mean_logps)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"orpo_loss: expected finite weight >= 0, got {weight}. The paper uses 0.1.")
+    pair = policy_chosen_mean_logps, policy_rejected_mean_logps
+    chosen_odds, rejected_odds = (each - _log_one_minus_exp(each) for each in pair)  # their logarithms
+    losses = -policy_chosen_mean_logps - weight * bradley_terry_logps(chosen_odds, rejected_odds)
+    return PairLoss(losses, *(weight * each.detach() for each in pair))
+
+
+def kto_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    kl: Tensor,
+    *,
+    beta: float,
+) -> PairLoss:
+    r"""KTO: each response by itself is to lie above, or below, what the policy has drifted from the reference on average.
+
+    .. math:: \mathcal{L} = 1 - \sigma(\hat r_w - \beta z) + 1 - \sigma(\beta z - \hat r_l), \qquad
+              \hat r = \beta \log \frac{\pi_\theta(y|x)}{\pi_\text{ref}(y|x)}
+    Args: kl: () or (B,) nats, z; a constant: the KL from the reference, at least 0, estimated from mismatched prompts and responses.
+          beta: KL strength; a larger beta keeps the policy closer to the reference.
+    Returns: PairLoss; losses in [0, 2], 1 where policy == reference. The mean over responses, not pairs, is half of theirs.
+    Source: Ethayarajh 2024, arXiv:2402.01306, L_KTO with both its weights 1."""
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    chosen_rewards, rejected_rewards = _rewards("kto_loss", *logps, beta=beta)  # (B,), (B,)
+    zero_point = beta * kl.detach()
+    losses = (zero_point - chosen_rewards).sigmoid() + (rejected_rewards - zero_point).sigmoid()
+    return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
 def slic_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -304,7 +362,7 @@ def _check_beta(function: str, beta: float) -> None:
 
 def _check_pairs(function: str, *tensors: Tensor) -> None:
     if tensors[0].ndim != 1 or any(each.shape != tensors[0].shape for each in tensors):
-        count, got = ("four", "five", "six")[len(tensors) - 4], [tuple(each.shape) for each in tensors]
+        count, got = ("two", "three", "four", "five", "six")[len(tensors) - 2], [tuple(each.shape) for each in tensors]
         raise ValueError(f"{function}: expected {count} (B,) tensors, got {got}. Sum the token log-probabilities first.")
 
 

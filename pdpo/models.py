@@ -22,6 +22,7 @@ from pdpo.data import load_split
 from pdpo.encoding import TEMPLATE
 from pdpo.files import file_sha256, read_sealed, source_digest, write_sealed
 from pdpo.presets import DEFAULT_JUDGE, Preset, get_preset
+from pdpo.progress import progress
 
 EOS = "<|endoftext|>"
 JUDGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors of DEFAULT_JUDGE
@@ -180,8 +181,10 @@ class Judge:
         """(N, D) float32 unit vectors, one a text, so that a dot product is the cosine."""
         new = sorted(set(texts) - self.known.keys())
         if new:
-            vectors = self.model.encode(new, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
-            self.known.update(zip(new, np.asarray(vectors, dtype=np.float32), strict=True))
+            for start in progress(range(0, len(new), 512), "embedding by the judge"):
+                texts_of_part = new[start : start + 512]
+                vectors = self.model.encode(texts_of_part, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+                self.known.update(zip(texts_of_part, np.asarray(vectors, dtype=np.float32), strict=True))
             if self.cache_file is not None:
                 array = io.BytesIO()
                 np.save(array, np.stack(list(self.known.values())))

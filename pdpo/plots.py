@@ -2,6 +2,7 @@
 
 What draws a whole figure takes its claim as the title and returns the figure and its rows, one dict a drawn point."""
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from pdpo.files import checkout_folder, replacing, write_csv, write_json
+from pdpo.files import replacing, write_csv, write_json
+from pdpo.stages import runs_dir
 
 # distinguishable in black and white: line style and marker differ as well as colour
 STYLES = [
@@ -51,8 +53,13 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
 
 
 def figures_dir() -> Path:
-    """$PDPO_FIGURES_DIR, else figures/ of the checkout that this package runs from, else figures/ of the current folder."""
-    return checkout_folder("figures", "PDPO_FIGURES_DIR")
+    """Where figures are written: $PDPO_FIGURES_DIR, else figures/ in the runs folder, which git ignores."""
+    return Path(os.environ.get("PDPO_FIGURES_DIR") or runs_dir() / "figures")
+
+
+def committed_figures_dir() -> Path:
+    """figures/ of the checkout, which git keeps and README shows; `python -m pdpo run --save` writes there."""
+    return Path(__file__).resolve().parent.parent / "figures"
 
 
 def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
@@ -105,7 +112,7 @@ def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.set_title(f"{title}\n(line: mean over seeds; band: their range)")
+    axes.set_title(f"{title}{_over_seeds(runs)}")
     axes.legend()
     return figure, rows
 
@@ -126,14 +133,32 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
             mine = [row for row in rows if row["method"] == method and row["beta"] == beta]
             epochs = sorted({row["epoch"] for row in mine})
             for line, key in enumerate(("eval_loss", "eval_kl")):
-                band(grid[line, column], epochs, by_seed(mine, key), style=style, label=f"beta {beta:g}")
+                band(
+                    grid[line, column],
+                    epochs,
+                    by_seed(mine, key),
+                    style=style,
+                    label="no beta" if beta is None else f"beta {beta:g}",
+                )
         grid[0, column].set_title(method.upper())
         grid[1, column].set_xlabel("epoch")
     grid[0, 0].set_ylabel("held-out loss (nats a pair)")
     grid[1, 0].set_ylabel("KL(policy || reference)\n(nats a response)")
     grid[1, 0].legend(fontsize=8)
-    figure.suptitle(f"{title}\n(line: mean over seeds; band: their range)", fontsize=11)
+    figure.suptitle(f"{title}{_over_seeds(runs)}", fontsize=11)
     return figure, rows
+
+
+def _over_seeds(runs: list) -> str:
+    return "\n(line: mean over seeds; band: their range)" if len({run.seed for run in runs}) > 1 else ""
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 ROAD = [
@@ -142,7 +167,7 @@ ROAD = [
     ("pairs", "chosen, rejected;\na model of choices", "notebooks 01, 02"),
     ("DPO, ODPO", "prefer the chosen,\nstay near SFT", "notebooks 03, 04, 04b, 05, 07"),
     ("samples", "ask the policies\nnew prompts", "notebook 08"),
-    ("measures", "wins, score, KL,\nwith intervals", "notebooks 08, 09"),
+    ("measures", "wins, score, KL,\nwith intervals", "notebooks 08 to 09c"),
 ]
 
 
@@ -231,3 +256,86 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
     axes.set_title(f"{title}\n(numbers: beta; bars: 95 % intervals over seeds and prompts)")
     axes.legend()
     return figure, rows
+
+
+DARK = {
+    "figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117", "savefig.facecolor": "#0d1117", "text.color": "#e6edf3",
+    "axes.labelcolor": "#e6edf3", "axes.edgecolor": "#8b949e", "xtick.color": "#8b949e", "ytick.color": "#8b949e",
+}  # fmt: skip
+INK = {  # on white, on black
+    "SFT": ("#24292f", "#e6edf3"), "DPO": ("#cc4125", "#ff9e80"), "ODPO": ("#0b5394", "#79c0ff"),
+    "best of N": ("#7f6000", "#e3b341"), "SFT on the best": ("#674ea7", "#d2a8ff"), "ceiling": ("#8c959f", "#6e7681"),
+}  # fmt: skip
+
+
+def signature(rows: list[dict], *, dark: bool = False) -> Figure:
+    """The figure that README begins with: score against KL of DPO and ODPO between where they start and what no policy can pass.
+
+    Args:
+        rows: of figures/<preset>/09_baselines.csv, numbers as float, what has no beta None.
+        dark: for a page with a dark background.
+    """
+    ink = {method: both[dark] for method, both in INK.items()}
+    of = {method: [row for row in rows if row["method"] == method] for method in INK}
+    with plt.rc_context((DARK if dark else {}) | {"font.size": 12, "axes.linewidth": 0.8}):
+        figure, axes = plt.subplots(figsize=(11.0, 4.0))
+        right = 1.08 * max(row["kl_high"] for row in rows)
+        kl, score = np.array(
+            sorted([(0.0, of["SFT"][0]["score"]), *zip(*columns(of["ceiling"], "kl", "score"), strict=True)])
+        ).T
+        axes.fill_between(kl, score, 10.0, color=ink["ceiling"], alpha=0.15, linewidth=0)
+        axes.plot(kl, score, color=ink["ceiling"], linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.axhline(of["SFT"][0]["score"], color=ink["SFT"], linewidth=0.8, linestyle=(0, (1, 3)))
+        for method, marker in (("DPO", "s"), ("ODPO", "o"), ("best of N", "v"), ("SFT on the best", "D"), ("SFT", "o")):
+            look = {"color": ink[method], "marker": marker, "markersize": 7, "linewidth": 2.2}
+            errors = {"xerr": interval(of[method], "kl"), "yerr": interval(of[method], "score")}
+            axes.errorbar(*columns(of[method], "kl", "score"), **errors, elinewidth=0.8, **look)
+        for row in of["best of N"][1:]:  # the first has no room
+            axes.annotate(
+                row["label"],
+                (row["kl"], row["score"]),
+                xytext=(10, -10),
+                textcoords="offset points",
+                color=ink["best of N"],
+                fontsize=10,
+            )
+        say = {"fontsize": 12, "va": "center"}
+        best = max(of["ODPO"], key=lambda row: row["score"])
+        last, other = of["ODPO"][0], of["DPO"][0]
+        axes.text(last["kl_high"] + 0.1, last["score"] + 0.2, "ODPO", color=ink["ODPO"], weight="bold", **say)
+        axes.text(last["kl_high"] + 0.1, other["score"] - 0.2, "DPO", color=ink["DPO"], weight="bold", **say)
+        axes.text(
+            last["kl_high"] + 0.75,
+            (last["score"] + other["score"]) / 2,
+            f"below beta {best['beta']:g}: further, not higher",
+            **say,
+        )
+        axes.text(
+            0.12, of["SFT"][0]["score"] - 0.22, "SFT, where they start: it imitates good and bad alike", color=ink["SFT"], **say
+        )
+        far = of["SFT on the best"][0]
+        axes.text(
+            far["kl"] - 0.12,
+            far["score"] + 0.85,
+            "imitation of the best response alone:\nhigher, but another policy",
+            color=ink["SFT on the best"],
+            ha="center",
+            **say,
+        )
+        axes.text(
+            2.1,
+            of["best of N"][-1]["score"] - 0.55,
+            "best of N samples of SFT, chosen by the true score",
+            color=ink["best of N"],
+            **say,
+        )
+        axes.text(0.06, 9.6, "out of reach\nat this KL", color=ink["ceiling"], fontsize=10, va="center")
+        axes.text(right, 4.3, "bars: 95 % intervals over seeds and prompts", color=ink["ceiling"], fontsize=10, ha="right")
+        axes.set(
+            xlim=(-0.12, right),
+            ylim=(4.2, 10.0),
+            xlabel="KL from the reference (nats a response)",
+            ylabel="true score (1 to 10)",
+        )
+        axes.set_title("What preferences gain, and what they leave", loc="left", fontsize=15, weight="bold", pad=10)
+    return figure

@@ -2,7 +2,8 @@
 
 From a function's source every name that it uses is followed to its definition in this package, and on from there. What is
 hashed is the syntax tree of each definition reached. Comments, docstrings, layout, annotations, the texts of errors and of
-print, and the file in which a definition stands leave the hash as it was; everything else that is reached changes it.
+print, progress bars, where an import stands and in which file a definition does leave the hash as it was; everything else
+that is reached changes it.
 
 A method is reached where its name stands behind a dot anywhere in what is reached, whichever class has it, or where its class
 is: too much rather than too little. A name put together at run time (getattr) is not seen.
@@ -17,8 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+
+def read_sources() -> dict[str, str]:
+    """The text of every module of the package, as it lies on the disk."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+
+
 # read once, when this process begins: the code that runs is that code, whatever happens to the files meanwhile
-SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+SOURCES = read_sources()
 
 
 def in_key(function: Callable) -> Callable:
@@ -88,14 +95,17 @@ class Package:
         return set(seen.values())
 
     def _dump(self, tree: ast.AST) -> str:
-        """The tree as text, blind to where in the package the imports within it look."""
-        return re.sub(rf"ImportFrom\(module='{self.name}\.\w+'", "ImportFrom(module=''", ast.dump(tree))
+        """The tree as text, without the imports within it: `_used` gives them, as it does those of the module."""
+        text = ast.dump(tree)
+        return text if isinstance(tree, ast.ImportFrom) else re.sub(r"Import(From)?\([^\]]*\](, level=0)?\)(, )?", "", text)
 
     def _used(self, module: str, nodes: list[ast.AST]):
-        """The definitions whose names stand in these nodes."""
+        """The definitions whose names stand in these nodes, and the imports within them."""
         local = dict(self._bindings(nodes))
         for node in nodes:
-            if isinstance(node, ast.Name):
+            if isinstance(node, ast.Import | ast.ImportFrom) and node is not nodes[0]:
+                yield from (Definition(module, each) for each in self._apart(node))
+            elif isinstance(node, ast.Name):
                 yield from self._found(module, node.id, local)
             elif isinstance(node, ast.Attribute):
                 yield from self.held.get(node.attr, ())
@@ -112,11 +122,15 @@ class Package:
 
 
 class _Clean(ast.NodeTransformer):
-    """Takes out what does not compute: docstrings, annotations, the texts of errors and of print."""
+    """Takes out what does not compute: docstrings, annotations, the texts of errors and of print, and progress bars."""
 
     def visit_Expr(self, node: ast.Expr):
         says = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id == "print"
         return None if says or isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call):
+        shown = isinstance(node.func, ast.Name) and node.func.id == "progress" and node.args
+        return self.visit(node.args[0]) if shown else self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pdpo.cells import card, curve
 from pdpo.data import Preference
 from pdpo.device import device
 from pdpo.encoding import encode_records
@@ -53,12 +54,36 @@ class Run:
         """The SFT run: this one, or the one that it started from."""
         return self.parent or self
 
+    @property
+    def title(self) -> str:
+        """Method, beta and seed."""
+        return f"{self.method}{'' if self.beta is None else f' beta={self.beta:g}'} seed={self.seed}"
+
+    def measured(self, key: str) -> tuple[list[int], list[float]]:
+        """The optimizer steps after which `key` was measured, and its values."""
+        rows = [row for row in self.history if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
     def __repr__(self) -> str:
-        beta = "" if self.beta is None else f" beta={self.beta:g}"
-        losses = [row["eval_loss"] for row in self.history if "eval_loss" in row] or [float("nan")]
-        return (
-            f"<Run {self.method}{beta} seed={self.seed}: held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}, {shown(self.path)}>"
-        )
+        kl = self.measured("eval_kl")[1]
+        return f"<Run {self.title}: {self.train.steps} steps{f', KL {kl[-1]:.3g} nats' if kl else ''}>"
+
+    def _repr_html_(self) -> str:
+        steps, losses = self.measured("eval_loss")
+        kl, losses_seen = self.measured("eval_kl")[1], self.measured("loss")[1]
+        facts = {
+            "method": self.method,
+            "beta": "none" if self.beta is None else f"{self.beta:g}",
+            "seed": f"{self.seed}",
+            "steps": f"{self.train.steps}",
+            "training loss": f"{losses_seen[0]:.3f} to {losses_seen[-1]:.3f}" if losses_seen else "",
+            "held-out loss": f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else "",
+            "KL from the reference": f"{kl[-1]:.3g} nats a response" if kl else "",
+            "minutes": f"{minutes(self.path):.2g}",
+            "kept in": shown(self.path),
+        }
+        drawn = curve(steps, losses, label="held-out loss")
+        return card(self.title, {key: value for key, value in facts.items() if value}, drawn)
 
     def load_policy(self) -> torch.nn.Module:
         """The trained policy, on this machine's device."""
@@ -90,6 +115,23 @@ class Evaluation:
     rows: list[dict] = field(repr=False)
     num_samples: int
 
+    @property
+    def means(self) -> dict[str, float]:
+        """Of what stands in each sample's row as a number: win, kl, and on `toy` score, correct, degenerate."""
+        keys = ("win", "kl", "score", "correct", "degenerate")
+        return {key: float(self.column(key).mean()) for key in keys if key in self.rows[0]}
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{key} {value:.3g}" for key, value in self.means.items())
+        size = f"{len(self.rows) // self.num_samples} prompts x {self.num_samples} samples"
+        return f"<Evaluation of {self.run.title}: {size}: {means}>"
+
+    def _repr_html_(self) -> str:
+        size = {"prompts": f"{len(self.rows) // self.num_samples}", "samples of each": f"{self.num_samples}"}
+        size |= {key: f"{value:.3g}" for key, value in self.means.items()}
+        size |= {"minutes": f"{minutes(self.path):.2g}", "kept in": shown(self.path)}
+        return card(f"evaluation of {self.run.title}", size)
+
     def column(self, key: str) -> np.ndarray:
         """(num_prompts,) the mean of `key` over each prompt's samples; prompts are the independent units."""
         return self.samples(key).mean(1)
@@ -120,6 +162,19 @@ class RewardModel:
     held_out: np.ndarray
     num_pairs: int
 
+    def __repr__(self) -> str:
+        right = f"{np.mean(self.held_out > 0.5):.3f} of {len(self.held_out)}"
+        return f"<RewardModel of {self.num_pairs} pairs on {self.sft.title}: ranks {right} held-out pairs right>"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "fitted to": f"{self.num_pairs} training pairs",
+            "ranks right": f"{np.mean(self.held_out > 0.5):.3f} of {len(self.held_out)} held-out pairs",
+            "expected calibration error": f"{calibration(self.held_out)[1]:.3f}",
+            "kept in": shown(self.path),
+        }
+        return card(f"reward model on {self.sft.title}", facts)
+
     def __str__(self) -> str:
         return (
             f"a reward model fitted to {self.num_pairs} training pairs; it ranks {np.mean(self.held_out > 0.5):.3f} of "
@@ -133,6 +188,11 @@ class RewardModel:
             self.sft.load_policy(), encoded, self.weights, batch_size=preset.micro_batch_size, precision=preset.precision
         )
         return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
+
+
+def minutes(path: Path) -> float:
+    """What a stage took, as its record says; nan where it has none."""
+    return read_json(path / "stage.json")["environment"]["minutes"] if (path / "stage.json").is_file() else float("nan")
 
 
 def run_info(preset: Preset, stages: list) -> dict:
@@ -164,11 +224,15 @@ def run_info(preset: Preset, stages: list) -> dict:
 
 
 def copy_run(run: Run, target: Path) -> Path:
-    """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet."""
+    """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet, and adds a
+    model card."""
+    from pdpo.report import model_card  # which imports this module
+
     check_new_folder(target)
     check_large_files(run.path)
     with replacing(target) as temporary:
         shutil.copytree(run.path / "policy", temporary)
         for name in ("history.json", "stage.json"):
             shutil.copy(run.path / name, temporary / name)
+        (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
     return target

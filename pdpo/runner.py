@@ -1,6 +1,7 @@
 """Executing notebooks from the command line: a line for each cell, two notebooks at a time, a summary at the end."""
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from pdpo.device import device, end_children, num_cores
-from pdpo.files import replacing
-from pdpo.plots import figures_dir
+from pdpo.files import replacing, shown, write_csv
+from pdpo.plots import committed_figures_dir, figures_dir
 from pdpo.presets import Preset
 from pdpo.stages import runs_dir
 
@@ -32,7 +33,8 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
         preset: passed to the notebooks as PDPO_PRESET.
         numbers: their numbers or first characters, such as ["06", "04b"]; None is all of them.
         jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
-        save: True writes the outputs into notebooks/; False leaves those alone. Executed copies go to runs/ either way.
+        save: True writes the outputs into notebooks/ and the figures into figures/; False leaves both alone, and git status
+            clean. Executed copies go to runs/ either way.
     Returns: Whether every cell of every notebook succeeded.
     Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with.
     """
@@ -42,6 +44,9 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
         jobs = 1 if device().type == "cuda" else min(num_cores(), 2)
     os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
     os.environ["PDPO_STATIC"] = "1"  # nobody is there to move a slider; a figure is kept
+    if save:
+        os.environ["PDPO_FIGURES_DIR"] = os.environ.get("PDPO_FIGURES_DIR") or str(committed_figures_dir())
+    from_nothing = chosen == every and not any((runs_dir() / preset.name).glob("*"))
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -54,11 +59,24 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     print(f"\n{'notebook':34} minutes  result")
     for path, (minutes, error) in zip(chosen, results, strict=True):
         print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")
+    if from_nothing:  # else a notebook's minutes say what was kept, and not how long it takes
+        minutes = [
+            {"notebook": path.stem, "minutes": round(taken, 2)} for path, (taken, _) in zip(chosen, results, strict=True)
+        ]
+        minutes.append({"notebook": "all", "minutes": round((time.time() - began) / 60, 2)})
+        with replacing(figures_dir() / preset.name / "minutes.csv") as temporary:
+            write_csv(temporary, minutes)
     figures = sorted(path for path in figures_dir().rglob("*.png") if path.stat().st_mtime >= began)
-    print(f"{(time.time() - began) / 60:.1f} minutes in all. {len(figures)} figures written:")
+    print(f"{(time.time() - began) / 60:.1f} minutes in all. {len(figures)} figures in {shown(figures_dir())}:")
     for path in figures:
-        print(f"  {os.path.relpath(path)}")
+        print(f"  {path.relative_to(figures_dir())}")
     return not any(error for _, error in results)
+
+
+def stray(text: str) -> str:
+    """What of a cell's stderr is no progress line: the lines, drawn over one another or not, that no bar of tqdm is."""
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;]*\w", "", text))
+    return "\n".join(line for line in lines if line.strip() and not re.search(r"(\d+%\||\d+it) ?.*\[.*\]\s*$", line))
 
 
 def _find(number: str, every: list[Path]) -> Path:
@@ -108,7 +126,10 @@ def _execute(path: Path, save: bool) -> tuple[float, str]:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day, which would change at each run
         if "outputs" in cell:
-            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]  # progress bars
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr" or stray(each.text)]
+            for each in cell.outputs:
+                if each.get("name") == "stderr":
+                    say(f"cell {cell.execution_count} wrote to stderr: {stray(each.text)[:200]}")
     notebook.metadata.language_info = {"name": "python"}
     targets = [runs_dir() / "notebooks" / path.name] + ([path] if save and not error else [])
     for target in targets:

@@ -8,6 +8,7 @@ import torch
 from pdpo.device import autocast
 from pdpo.encoding import Encoded, encode_prompt, in_batches
 from pdpo.preferences import gumbel_sample
+from pdpo.progress import progress
 
 
 class Sample(NamedTuple):
@@ -61,7 +62,7 @@ def sample(
     seeds, generator = torch.Generator().manual_seed(seed), torch.Generator(device)
     encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts]
     new_ids: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
-    for rows in in_batches([len(ids) for ids in encoded], max(batch_size // num_samples, 1)):
+    for rows in progress(in_batches([len(ids) for ids in encoded], max(batch_size // num_samples, 1)), "sampling"):
         generator.manual_seed(torch.randint(2**31, (), generator=seeds).item())
         with autocast(device, precision):
             _extend(policy, [encoded[i] for i in rows], [each for i in rows for each in new_ids[i]], tokenizer.eos_token_id,
@@ -96,7 +97,7 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, top_p, max_new_tokens
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token has position 0
     live, cache = torch.arange(len(new_ids), device=device), None
-    for step in range(max_new_tokens):
+    for step in progress(range(max_new_tokens), "sampling, tokens at most"):
         output = policy(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
             use_cache=True, logits_to_keep=1,

@@ -24,11 +24,11 @@ import tokenizers
 import torch
 import transformers
 from joblib.parallel import get_active_backend
-from tqdm import tqdm
 
 from pdpo.device import device, num_cores
 from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
 from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
+from pdpo.progress import progress
 from pdpo.reach import code_version, name_of
 
 LARGE = 2**26  # bytes: files above are checked when they are first needed
@@ -189,11 +189,10 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     """
     results = [_kept(stage, setting) for setting in settings]
     missing = [i for i, result in enumerate(results) if result is None]
-    bar = tqdm(total=len(settings), initial=len(settings) - len(missing), desc=f"{stage.__name__} stages", mininterval=1.0)
-    with bar:
-        for i, result in zip(missing, _made(stage, [settings[i] for i in missing]), strict=True):
-            results[i] = result
-            bar.update()
+    made, done = _made(stage, [settings[i] for i in missing]), len(settings) - len(missing)
+    made = progress(made, f"{stage.__name__} stages", total=len(settings), done=done)
+    for i, result in zip(missing, made, strict=True):
+        results[i] = result
     return results
 
 

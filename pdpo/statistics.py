@@ -131,9 +131,22 @@ class Frontier:
     score: np.ndarray
     stages: tuple = ()
 
+    def __repr__(self) -> str:
+        kl, score = self.points()
+        ends = f"KL {kl[0]:.3g} to {kl[-1]:.3g} nats, score {score[0]:.3g} to {score[-1]:.3g}"
+        return f"<Frontier: {len(self.kl)} seeds, betas {self.betas}, {self.kl.shape[-1]} prompts: {ends}>"
+
     def points(self, seeds=slice(None), prompts=slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """(B,) KL and (B,) score, means over seeds and prompts, or over a resample of them."""
         return tuple(values[seeds][:, :, prompts].mean((0, 2)) for values in (self.kl, self.score))
+
+    def at(self, beta: float | None) -> "Frontier":
+        """Its policies of one beta alone."""
+        if beta not in self.betas:
+            raise ValueError(f"Frontier.at: expected one of the betas {self.betas}, got {beta}.")
+        i = self.betas.index(beta)
+        stages = self.stages[i :: len(self.betas)]
+        return Frontier((beta,), self.kl[:, i : i + 1], self.score[:, i : i + 1], stages)
 
 
 def pareto_set(kl, score) -> np.ndarray:
@@ -184,11 +197,16 @@ def frontier_rows(frontiers: dict[str, Frontier]) -> list[dict]:
     return rows
 
 
-def height_with_interval(frontier: Frontier, other: Frontier) -> dict[str, float]:
-    """`height_between` two frontiers with its 95 % bootstrap interval over seeds and prompts, its `p_value`, and each seed's own
-    height."""
-    values = resampled(lambda points: height_between(*points), [frontier, other])
+def score_difference(points, other) -> float:
+    """How much higher one policy scores than another, each given as `Frontier.at(beta).points()`, wherever their KLs are."""
+    return float(points[1][0] - other[1][0])
+
+
+def height_with_interval(frontier: Frontier, other: Frontier, *, measure=height_between) -> dict[str, float]:
+    """`height_between` two frontiers, or their `score_difference`, with its 95 % bootstrap interval over seeds and prompts, its
+    `p_value`, and each seed's own value."""
+    values = resampled(lambda points: measure(*points), [frontier, other])
     low, high = np.nanquantile(values, [0.025, 0.975])
-    each = [height_between(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
-    height = height_between(frontier.points(), other.points())
+    each = [measure(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
+    height = measure(frontier.points(), other.points())
     return {"height": height, "low": float(low), "high": float(high), "p": p_value(height, values), "seeds": each}

@@ -1,5 +1,7 @@
 """What `train` says at its end: a table, three prompts side by side, and plain warnings about what the numbers cannot bear."""
 
+import itertools
+
 import numpy as np
 
 from pdpo.results import Evaluation
@@ -13,22 +15,38 @@ def summary(measured: list[Evaluation], num_held_out: int) -> str:
         measured: the evaluation of the SFT policy at temperature 1, then those of what was trained from it.
         num_held_out: prompts that losses were watched on.
     """
-    num_prompts = len(measured[0].column("win"))
-    head = ["policy", "held-out loss", "ranked right", "KL", "SBERT win rate [95 %]", "tokens an answer"]
-    lines = [head, *map(_line, measured)]
+    lines = table(measured)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.append(
-        f"losses: nats (SFT's a token, the others' a pair, each in its own unit), before -> after, {num_held_out} held-out prompts; "
-        f"KL: nats a response, from SFT; win rates: {num_prompts} test prompts, temperature 1"
-    )
-    text += [f"note: {warning}" for warning in warnings(measured)]
-    for row in _first_of_each_prompt(measured[0])[:3]:
-        text += [f"\n{row['prompt'][:100]!r}", f"  {'chosen':8} {row['chosen'][:100]!r}"]
-        for each in measured:
-            (answer,) = [other["text"] for other in _first_of_each_prompt(each) if other["prompt"] == row["prompt"]][:1]
-            text.append(f"  {each.run.method:8} {answer[:100]!r}")
+    text += [note(measured, num_held_out), *(f"note: {warning}" for warning in warnings(measured))]
+    for row in side_by_side(measured):
+        text.append(f"\n{row.pop('prompt')[:100]!r}")
+        text += [f"  {name:8} {answer[:100]!r}" for name, answer in row.items()]
     return "\n".join(text)
+
+
+def table(measured: list[Evaluation]) -> list[list[str]]:
+    """The closing table: its head, and a line a policy."""
+    head = ["policy", "held-out loss", "ranked right", "KL", "SBERT win rate [95 %]", "tokens an answer", "n"]
+    return [head, *map(_line, measured)]
+
+
+def note(measured: list[Evaluation], num_held_out: int) -> str:
+    """What the table's numbers are in, and measured on."""
+    return (
+        f"losses: nats (SFT's a token, the others' a pair, each in its own unit), before -> after, {num_held_out} held-out prompts; "
+        "KL: nats a response, from SFT; n: test prompts, at temperature 1, of KL, win rate and tokens"
+    )
+
+
+def side_by_side(measured: list[Evaluation], num: int = 3) -> list[dict[str, str]]:
+    """The first test prompts, each with its chosen response and every policy's answer, by their names."""
+    firsts = [each.rows[:: each.num_samples] for each in measured]  # all on the same prompts in the same order
+    return [
+        {"prompt": rows[0]["prompt"], "chosen": rows[0]["chosen"]}
+        | {each.run.method: row["text"] for each, row in zip(measured, rows, strict=True)}
+        for rows in itertools.islice(zip(*firsts, strict=True), num)
+    ]
 
 
 def warnings(measured: list[Evaluation]) -> list[str]:
@@ -43,8 +61,8 @@ def warnings(measured: list[Evaluation]) -> list[str]:
         )
     for each in measured:
         interval = with_interval("win", each.column("win"))
-        if interval["win_high"] - interval["win_low"] > 0.2:
-            low, high, num = interval["win_low"], interval["win_high"], len(each.column("win"))
+        low, high, num = interval["win_low"], interval["win_high"], len(each.column("win"))
+        if high - low > 0.2 or num < 30:
             found.append(f"{num} test prompts: {each.run.method}'s win rate is anything from {low:.2f} to {high:.2f}.")
             break
     if sft.preset.model is None:
@@ -71,12 +89,9 @@ def _line(evaluation: Evaluation) -> list[str]:
         f"{evaluation.column('kl').mean():.2f}",
         f"{wins['win']:.3f} [{wins['win_low']:.3f}, {wins['win_high']:.3f}]",
         f"{_tokens(evaluation):.1f}",
+        f"{len(evaluation.column('win'))}",
     ]
 
 
 def _tokens(evaluation: Evaluation) -> float:
     return float(np.mean(evaluation.column("num_tokens")))
-
-
-def _first_of_each_prompt(evaluation: Evaluation) -> list[dict]:
-    return evaluation.rows[:: evaluation.num_samples]

@@ -4,32 +4,36 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pdpo.checkpoint import Checkpoint, Memory
 from pdpo.data import Preference
 from pdpo.device import autocast
-from pdpo.distributed import broadcast_weights, gather, launch_rank, on_leader, share, sum_gradients, summed, world_size
+from pdpo.distributed import broadcast_weights, gather, on_leader, share, sum_gradients, summed, world_size
 from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
 from pdpo.losses import (
     dpo_loss,
     drdo_loss,
     ipo_loss,
+    kto_loss,
+    orpo_loss,
     plackett_luce_loss,
     reward_distillation_loss,
     reward_model_loss,
     score_offset,
     sft_loss,
+    simpo_loss,
     slic_loss,
 )
 from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
+from pdpo.progress import progress
 from pdpo.trees import supports_trees, tree_logps
 
 SLIC_REGULARIZATION = 0.1
@@ -41,7 +45,7 @@ class Row:
     """What one loss term needs: one encoded response (SFT) or K of one prompt, best first.
 
     Attributes:
-        sequences: K encoded responses.
+        sequences: K encoded responses; for KTO the third is another prompt's, which its KL is measured on.
         offset: the margin that is demanded: ODPO's offset (0 is DPO), or the difference of scores that e-DPO and DRDO regress on.
         reference_logps: K numbers in nats, once `with_reference_logps` has run.
     """
@@ -74,7 +78,16 @@ def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -
         for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
     encoded = encode_records(tokenizer, records)
+    if config.method == "kto":
+        others = encoded[1:] + encoded[:1]
+        encoded = [[*own, _answered(own[0], other[0], tokenizer)] for own, other in zip(encoded, others, strict=True)]
     return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
+
+
+def _answered(question: Encoded, answer: Encoded, tokenizer) -> Encoded:
+    """The prompt of one sequence with the response of another."""
+    ids = question.input_ids[: question.num_prompt] + answer.input_ids[answer.num_prompt :]
+    return Encoded(ids[: tokenizer.model_max_length], question.num_prompt)
 
 
 def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
@@ -127,7 +140,9 @@ def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, p
     logps_of = fastest_logps(reference, rows)
     reference.eval()
     known: dict[int, list[float]] = {}
-    for part in micro_batches(share(len(rows)), rows, micro_batch_size, logps_of):
+    for part in progress(
+        micro_batches(share(len(rows)), rows, micro_batch_size, logps_of), "log-probabilities of the reference"
+    ):
         logps = logps_of(reference, [rows[i] for i in part], precision=precision)
         known |= zip(part, logps.tolist(), strict=True)
     for of_one_process in gather(known):
@@ -146,8 +161,14 @@ def row_losses(
     if config.method == "sft":
         return sft_loss(logps[:, 0]), {}
     offset = torch.tensor([row.offset for row in rows], device=logps.device)  # (B,)
+    summed_logps = logps.detach()
+    per_token = torch.ones_like(logps)
+    if config.mean_logps or config.method in ("simpo", "orpo"):
+        lengths = [[len(each.input_ids) - each.num_prompt for each in row.sequences] for row in rows]
+        per_token = 1 / torch.tensor(lengths, device=logps.device)  # (B, K)
+    logps = logps * per_token
     if config.method not in WITHOUT_REFERENCE:
-        reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device)  # (B, K)
+        reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device) * per_token  # (B, K)
     if config.method == "oracle":
         losses = (1 - ORACLE_ALPHA) * reward_model_loss(*scores.unbind(1)) - ORACLE_ALPHA * logps[:, 0]
         chosen, rejected = scores.detach().unbind(1)
@@ -155,6 +176,11 @@ def row_losses(
         oracle = (offset, torch.zeros_like(offset))  # only their difference counts
         strength = {"alpha": config.drdo_alpha, "gamma": config.drdo_gamma}
         losses, chosen, rejected = drdo_loss(*logps.unbind(1), *scores.unbind(1), *oracle, **strength)
+    elif config.method == "simpo":
+        strength = {"scale": config.simpo_scale, "offset": config.simpo_offset}
+        losses, chosen, rejected = simpo_loss(*logps.unbind(1), **strength)
+    elif config.method == "orpo":
+        losses, chosen, rejected = orpo_loss(*logps.unbind(1), weight=config.orpo_weight)
     elif config.method == "plackett_luce":
         losses = plackett_luce_loss(logps, reference_logps, beta=config.beta)
         rewards = config.beta * (logps - reference_logps).detach()
@@ -165,6 +191,9 @@ def row_losses(
             losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
         elif config.method == "ipo":
             losses, chosen, rejected = ipo_loss(*pair, beta=config.beta)
+        elif config.method == "kto":
+            kl = (logps[:, 2] - reference_logps[:, 2]).mean().clamp(min=0)  # of a micro batch
+            losses, chosen, rejected = kto_loss(*pair, kl, beta=config.beta)
         elif config.method == "edpo":
             losses, chosen, rejected = reward_distillation_loss(*pair, offset, beta=config.beta)
         else:
@@ -172,7 +201,9 @@ def row_losses(
     margins = chosen - rejected
     # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
     accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
-    return losses, {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
+    measured = {"margin": margins, "accuracy": accuracy, "chosen_reward": chosen, "rejected_reward": rejected}
+    worst = 1 if config.method == "kto" else -1
+    return losses, measured | {"chosen_logp": summed_logps[:, 0], "rejected_logp": summed_logps[:, worst]}
 
 
 def train_step(
@@ -185,7 +216,7 @@ def train_step(
         logps_of: `policy_logps`, or what `fastest_logps` gives.
         scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
     Returns: loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
-        and for preferences the means of margin, accuracy, chosen_reward and rejected_reward.
+        and for preferences the means of margin, accuracy, chosen_reward, rejected_reward, chosen_logp and rejected_logp.
     """
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
@@ -223,7 +254,8 @@ def _partial_sums(policy, rows: list[Row], config: TrainConfig, logps_of: Callab
     """For each micro batch of this process's share, what it adds to the mean loss and to the other means over all rows."""
     tokens = sum(len(row.sequences[0].input_ids) - row.sequences[0].num_prompt for row in rows)
     count = tokens if config.method == "sft" else len(rows)
-    for part in micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of):
+    parts = micro_batches(share(len(rows)), rows, config.micro_batch_size, logps_of)
+    for part in progress(parts, "held-out loss", hidden=torch.is_grad_enabled()):  # a step is an item of the run's own line
         losses, measured = row_losses(policy, [rows[i] for i in part], config, logps_of=logps_of)
         yield {"loss": losses.sum() / count} | {key: value.sum() / len(rows) for key, value in measured.items()}
 
@@ -245,7 +277,7 @@ def train(
 
     Args:
         policy: a causal language model without dropout; for DRDO and its oracle one that `models.with_reward_head` made.
-        rows: the training rows, with reference_logps for every method that has a reference.
+        rows: the training rows; for every method that has a reference, those of `drawn_rows` with reference_logps.
         config: hyperparameters; part of the checkpoint.
         held_out: rows that `eval_*` numbers are measured on, before the first step, then config.num_evaluations times, the last
             time after the last step.
@@ -253,7 +285,7 @@ def train(
             Of several processes the leader calls it.
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
-        show_progress: a tqdm bar.
+        show_progress: a bar, and before a run of minutes a line that says how many.
     Returns: History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the
         step after which they were made; step 0 holds those from before the first.
     """
@@ -276,10 +308,14 @@ def train(
         numbers = evaluate_rows(policy, held_out, memory.config, logps_of=logps_of) if held_out else {}
         return numbers | (on_leader(lambda: measure(policy)) if measure else {})
 
+    began = time.monotonic()
     if not history:
         history.append({"step": 0, "epoch": 0.0} | evaluation())
+    measuring = (time.monotonic() - began) * config.num_evaluations
     evaluate_every = max(config.steps // config.num_evaluations, 1)
-    for step in progress(range(history[-1]["step"], config.steps), config, hidden=not show_progress):
+    name = config.method if config.beta is None else f"{config.method} beta={config.beta}"
+    first = history[-1]["step"]
+    for step in progress(range(first, config.steps), name, done=first, hidden=not show_progress, later=measuring):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         batch = [rows[i] for i in batch_indices(len(rows), config.batch_size, seed=config.seed, step=step)]
         numbers = memory.fit(lambda fitting: train_step(policy, optimizer, batch, fitting, logps_of=logps_of, scaler=scaler))  # noqa: B023
@@ -291,13 +327,6 @@ def train(
             saved.save_when_due(history)
     policy.eval()
     return history
-
-
-def progress(steps: range, config: TrainConfig, *, hidden: bool) -> tqdm:
-    """A bar over the steps still to do; processes that torchrun started beside the first one draw none."""
-    description = config.method if config.beta is None else f"{config.method} beta={config.beta}"
-    hidden = hidden or launch_rank() > 0
-    return tqdm(steps, description, initial=steps.start, total=config.steps, disable=hidden, leave=False, mininterval=1.0)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -324,6 +353,11 @@ def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> li
         indices += taken
         position += len(taken)
     return indices
+
+
+def drawn_rows(num_rows: int, config: TrainConfig) -> list[int]:
+    """The rows that a run's steps will draw, in ascending order: all of them where it lasts an epoch."""
+    return sorted(batch_indices(num_rows, min(config.steps * config.batch_size, num_rows), seed=config.seed, step=0))
 
 
 def micro_batches(indices, rows: list[Row], max_sequences: int, logps_of: Callable) -> list[list[int]]:
@@ -353,7 +387,7 @@ def _check_rows(rows: list[Row], config: TrainConfig) -> None:
         )
     if config.method == "sft":
         return
-    missing = [i for i, row in enumerate(rows) if row.reference_logps is None]
+    missing = [i for i in drawn_rows(len(rows), config) if rows[i].reference_logps is None]
     if missing and config.method not in WITHOUT_REFERENCE:
         raise ValueError(
             f"train: rows {missing[:10]} have no reference_logps. Run with_reference_logps(reference, rows) first."
@@ -362,7 +396,7 @@ def _check_rows(rows: list[Row], config: TrainConfig) -> None:
     if config.method == "plackett_luce":
         if len(sizes) > 1 or min(sizes) < 2:
             raise ValueError(f"train: expected one K >= 2 for all rankings, got K in {sorted(sizes)}. Group the data by K.")
-    elif sizes != {2}:
+    elif sizes != {3 if config.method == "kto" else 2}:
         raise ValueError(
             f"train: {config.method} expected rows with K = 2 responses, got K in {sorted(sizes)}. Use data.pairs."
         )

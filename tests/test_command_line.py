@@ -11,7 +11,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pdpo import experiments, runner
+from pdpo import commands, experiments, runner
 from pdpo.__main__ import main
 from pdpo.data import load_preferences, load_split
 from pdpo.experiments import copy_run, run_preference, run_sft
@@ -26,6 +26,25 @@ def refusal(capsys, *arguments: str) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["runs", "--help"]])
+def test_help_imports_nothing_that_takes_seconds(arguments, output):
+    code = "import sys; from pdpo.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print(*sys.modules)"
+    help_text, _, modules = output("-c", code, *arguments).rstrip().rpartition("\n")
+    assert "usage: python -m pdpo" in help_text
+    assert {"torch", "transformers", "sklearn", "scipy", "matplotlib", "numpy", "joblib"} & set(modules.split()) == set()
+
+
+def test_names_of_the_package_come_when_they_are_asked_for(output):
+    code = """if True:
+    import sys, pdpo
+    assert "torch" not in sys.modules and "pdpo.reach" in sys.modules and {*pdpo.__all__} < {*dir(pdpo)}
+    from pdpo import *
+    from pdpo.losses import dpo_loss as the_same
+    assert dpo_loss is the_same and all(getattr(pdpo, name).__name__ == name for name in pdpo.__all__)
+    print(hasattr(pdpo, "data_reports"))"""
+    assert output("-c", code) == "False\n"
 
 
 # bad input
@@ -116,7 +135,7 @@ def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_p
     assert "random weights" in printed and "different units" in printed
     policy, saved = AutoModelForCausalLM.from_pretrained(out / "odpo"), AutoTokenizer.from_pretrained(out / "odpo")
     assert policy.config.vocab_size == len(saved) == 50257
-    assert sorted(os.listdir(out)) == ["dpo", "odpo"]
+    assert sorted(os.listdir(out)) == ["dpo", "odpo", "report.html"]
 
 
 def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_policies_that_load(
@@ -125,17 +144,24 @@ def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_poli
     monkeypatch.setitem(PRESETS, "tiny", quick)
     records = load_preferences("toy")[::16][:60]
     rows = [{"prompt": each.prompt, "chosen": each.responses[0], "rejected": each.responses[-1]} for each in records]
-    file, out, methods = tmp_path / "mine.jsonl", tmp_path / "out", ["ipo", "edpo", "drdo"]
+    file, out, methods = tmp_path / "mine.jsonl", tmp_path / "out", ["ipo", "edpo", "drdo", "simpo", "orpo", "kto"]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert (
         main(["train", "--preset", "tiny", "--data", str(file), "--method", *methods, "--steps", "3", "--out", str(out)]) == 0
     )
     printed = capsys.readouterr().out
-    assert trained == ["sft", "ipo", "edpo", "oracle", "drdo"] and "edpo: " in printed and "drdo: the oracle is" in printed
+    assert (
+        trained == ["sft", "ipo", "edpo", "oracle", "drdo", "simpo", "orpo", "kto"]
+        and "edpo: " in printed
+        and "drdo: the oracle is" in printed
+    )
     for method in methods:
         assert f"{method}: held out, before -> after: loss " in printed and f"\n{method} " in printed
         policy, saved = AutoModelForCausalLM.from_pretrained(out / method), AutoTokenizer.from_pretrained(out / method)
         assert policy.config.vocab_size == len(saved) and (out / method / "reward_head.json").exists() == (method == "drdo")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(methods) + 1 and f"{out / 'report.html'}" in printed
+    assert all(f"<th>{name}</th>" in page for name in ("chosen", "sft", *methods))
 
 
 def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, trained, tmp_path, monkeypatch, capsys):
@@ -147,19 +173,30 @@ def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, tr
     with open(tmp_path / "new" / "table.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["beta"], row["seed"]) for row in rows] == [
-        ("sft", "", "0"), ("dpo", "0.1", "0"), ("dpo", "0.3", "0"), ("drdo", "", "0"),
-        ("sft", "", "1"), ("dpo", "0.1", "1"), ("dpo", "0.3", "1"), ("drdo", "", "1"),
+        ("sft", "", "0"), ("sft", "", "1"), ("dpo", "0.1", "0"), ("dpo", "0.3", "0"), ("dpo", "0.1", "1"), ("dpo", "0.3", "1"),
+        ("drdo", "", "0"), ("drdo", "", "1"),
     ]  # fmt: skip
     run = experiments.run_preference(experiments.run_sft(quick, seed=1), method="dpo", beta=0.3, steps=3, lr=1e-3)
-    assert float(rows[-2]["eval_loss"]) == run.history[-1]["eval_loss"]
+    assert float(rows[5]["eval_loss"]) == run.history[-1]["eval_loss"]
+    with open(tmp_path / "new" / "table_frontier.csv", encoding="utf-8") as file:
+        points = list(csv.DictReader(file))
+    assert [(row["method"], row["beta"]) for row in points] == [("SFT", ""), ("DPO", "0.1"), ("DPO", "0.3"), ("DRDO", "")]
+    assert float(points[2]["kl"]) == pytest.approx((float(rows[3]["kl"]) + float(rows[5]["kl"])) / 2)
+    assert (tmp_path / "new" / "table_frontier.png").read_bytes()[1:4] == b"PNG"
     for row in rows:
         assert float(row["win_low"]) <= float(row["win"]) <= float(row["win_high"])
         assert (float(row["kl"]) < 1e-6) == (row["method"] == "sft")
     assert (
         main([*options, "--steps", "3", "--lr", "1e-3"]) == 0
     )  # on the finished stages: the same table, nothing trained again
-    table = capsys.readouterr().out.splitlines()[-9:]
-    assert len(trained) == 10 and table == printed[-10:-1] and table[0].split() == list(rows[0])
+    table = capsys.readouterr().out.splitlines()[-12:]
+    assert len(trained) == 10 and table == printed[-13:-1] and table[0].split() == list(rows[0])
+    assert table[3] == table[8] == "" and "each method's in a unit of its own" in table[-1]
+    num = len({each.prompt for each in load_split(quick.data)[2]})
+    assert {line.split()[-6] for line in table[1:-1] if line} == {str(num)}  # n
+    assert "table_frontier.png: expected a new file" in refusal(
+        capsys, *options, "--out", str(tmp_path / "new" / "table_frontier.png")
+    )
 
 
 def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):
@@ -167,8 +204,8 @@ def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "load_split", lambda name: tuple(part[::12] for part in parts))
     monkeypatch.setitem(PRESETS, "tiny", replace(quick, data="toy"))
     assert main(["sweep", "--preset", "tiny", "--method", "sft"]) == 0
-    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
-    assert header == ["method", "beta", "seed", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
+    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert header == ["method", "beta", "seed", "n", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
     assert row[0] == "sft" and 1 <= float(row[-1]) <= 10
 
 
@@ -196,3 +233,34 @@ def test_a_saved_policy_answers_as_it_was_trained_here_and_through_transformers(
 def test_a_folder_that_is_no_policy_of_the_kit_is_refused(tmp_path, capsys):
     assert main(["sample", str(tmp_path), "Hello"]) == 2
     assert "expected a folder that `train --out` wrote" in capsys.readouterr().err
+
+
+def test_the_log_for_tensorboard_holds_every_number_and_is_written_once(quick, monkeypatch, capsys):
+    written = {}
+
+    class Writer:  # as torch.utils.tensorboard's, which needs a package that few have
+        def __init__(self, folder):
+            self.rows = written.setdefault(folder, [])
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+        def add_scalar(self, *row):
+            self.rows.append(row)
+
+    run = run_sft(quick)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    commands._tensorboard(run)
+    ((folder, rows),) = written.items()
+    assert folder.endswith(f"tensorboard/{run.path.name}") and len(rows) == sum(map(len, run.history))
+    assert ("train/loss", run.history[3]["loss"], 3) in rows and ("held_out/loss", run.history[0]["eval_loss"], 0) in rows
+    os.makedirs(folder)
+    commands._tensorboard(run)
+    assert len(written) == 1 and len(rows) == sum(map(len, run.history)) and "tensorboard --logdir" in capsys.readouterr().out
+
+
+def test_without_the_package_tensorboard_the_log_is_refused_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
+    assert "pip install tensorboard" in refusal(capsys, "train", "--data", "toy", "--log", "tensorboard")

@@ -338,17 +338,17 @@ def test_a_solution_is_a_whole_guided_path(path):
     ):
         assert needed in prose, needed
     assert f"blob/main/notebooks/solutions/{path.name}" in notebook.cells[0].source
-    assert code[0].startswith("# Colab only") and "git+https://github.com/pdpo-kit/pdpo" in code[0]
     mine = [task for task in TASKS.values() if task.exercise == path.stem[:5]]
     for task in mine:
         assert f"<!-- hints: {task.name} -->" in prose and f'check("{task.name}", {task.name})' in "\n".join(code)
         (written,) = [cell for cell in code if f"def {task.name}(" in cell]
-        assert task.signature in written and "# solution" in written
+        on_one_line = re.sub(r"\s+", " ", written).replace("( ", "(").replace(", )", ")")
+        assert task.signature in on_one_line and "# solution" in written
     assert mine and "".join(code).count("# solution") >= len(mine)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no figure to look at"
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert not [cell for cell in code if len(cell.splitlines()) > 25]
+    assert not [cell for cell in code if len(cell.splitlines()) > 32]
 
 
 @every_notebook

@@ -171,6 +171,7 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
         for method, beta in (("dpo", 0.1), ("dpo", 0.3), ("odpo", 0.3))
     ]
     assert len(passes) == 2  # training and held-out rows, once
+    assert passes[0] == preset.preference.batch_size  # of the former those that the one step draws
     assert set(alive) == {others + 1}
     for run in runs:  # the policy begins as the reference, through the file's numbers, too
         assert run.history[1]["loss"] > 0 and run.history[0]["eval_kl"] == pytest.approx(0, abs=1e-5)

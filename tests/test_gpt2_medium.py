@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pdpo import experiments
-from pdpo.data import load_preferences
+from pdpo.data import load_preferences, load_split
 from pdpo.device import num_cores
 from pdpo.presets import get_preset, with_config
 
@@ -29,6 +29,15 @@ def test_the_preset_is_the_reports_experiment(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
         assert get_preset().name == name
     assert get_preset().sft.precision == get_preset().preference.precision == "float16"
+
+
+def test_the_preset_report_has_the_reports_own_settings(shared_data):
+    preset = get_preset("report")
+    num_pairs = len(load_split("instructions")[0])
+    epochs = [config.steps * config.batch_size / num_pairs for config in (preset.sft, preset.preference)]
+    assert epochs == pytest.approx([10, 5], rel=0.02)
+    assert (preset.preference.lr, preset.preference.batch_size, preset.max_new_tokens) == (2e-6, 10, 30)
+    assert preset.betas == (0.3, 0.7, 1.0) and "mpnet" in preset.judge and preset.model == get_preset("gpt2-medium").model
 
 
 @pytest.fixture

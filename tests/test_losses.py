@@ -10,10 +10,13 @@ from pdpo.losses import (
     dpo_loss,
     drdo_loss,
     ipo_loss,
+    kto_loss,
+    orpo_loss,
     plackett_luce_loss,
     reward_distillation_loss,
     score_offset,
     sft_loss,
+    simpo_loss,
     slic_loss,
 )
 
@@ -397,6 +400,9 @@ def test_the_new_losses_have_the_gradients_of_finite_differences():
         (logps, lambda *each: reward_distillation_loss(*each, scores[0], beta=0.3).losses),
         (logps[:2] + scores[:2], lambda *each: drdo_loss(*each, *scores[2:], alpha=0.7, gamma=1.5).losses),
         (logps[:2] + scores[:2], lambda *each: drdo_loss(*each, *scores[2:], gamma=0.0).losses),
+        (logps[:2], lambda *each: simpo_loss(*each, scale=2.0, offset=0.5).losses),
+        (logps[:2], lambda *each: orpo_loss(*each, weight=0.7).losses),
+        (logps, lambda *each: kto_loss(*each, torch.tensor(0.4).double(), beta=0.3).losses),
     ):
         assert torch.autograd.gradcheck(loss, [each.requires_grad_() for each in inputs])
 
@@ -419,6 +425,49 @@ def test_drdo_is_finite_in_float32_with_certain_responses_of_one_token_and_at_te
     ordinary = (z_w > -1e3) & (z_l > -1e3) & (z_l <= -1e-3)
     slow = [slow_drdo(*each, 0.0, 0.0, 0.1, gamma) for each in zip(z_w[ordinary].tolist(), z_l[ordinary].tolist(), strict=True)]
     assert losses[ordinary].tolist() == pytest.approx(slow, rel=1e-4, abs=1e-9)
+
+
+# SimPO, ORPO, KTO
+
+
+def test_simpo_orpo_and_kto_equal_hand_worked_numbers():
+    mean_w, mean_l = torch.tensor([-0.5]).double(), torch.tensor([-1.5]).double()
+    # scale 2: rewards -1 and -3, an offset of 1 leaves a margin of 1
+    simpo = simpo_loss(mean_w, mean_l, scale=2.0, offset=1.0)
+    assert simpo.losses.item() == pytest.approx(-math.log(sigmoid(1.0))) and simpo.margins.item() == pytest.approx(2.0)
+    # P = 1/2 and 1/5: odds 1 and 1/4, ratio 4, sigma(log 4) = 4/5
+    orpo = orpo_loss(torch.tensor([0.5]).log(), torch.tensor([0.2]).log(), weight=0.3)
+    assert orpo.losses.item() == pytest.approx(math.log(2) - 0.3 * math.log(0.8))
+    # rewards 0.5 * 2 = 1 and 0.5 * -4 = -2, zero point 0.5 * 1
+    logps = [torch.tensor([value]) for value in (-8.0, -14.0, -10.0, -10.0)]
+    kto = kto_loss(*logps, torch.tensor(1.0), beta=0.5)
+    assert kto.losses.item() == pytest.approx(2 - sigmoid(1 - 0.5) - sigmoid(0.5 + 2)) and kto.margins.item() == 3.0
+
+
+def test_simpo_orpo_and_kto_at_their_limits():
+    equal = -normal(5).abs()
+    assert simpo_loss(equal, equal, scale=2.0).losses.tolist() == pytest.approx([math.log(2)] * 5)
+    assert torch.equal(orpo_loss(equal, 2 * equal, weight=0.0).losses, -equal)  # SFT on the chosen response
+    at_reference = kto_loss(equal, 2 * equal, equal, 2 * equal, torch.tensor(0.0), beta=0.3)
+    assert at_reference.losses.tolist() == pytest.approx([1.0] * 5)
+    certain = torch.zeros(2), torch.tensor([-1e4, 0.0])
+    assert orpo_loss(*certain, weight=1.0).losses.isfinite().all() and simpo_loss(*certain, scale=10.0).losses.isfinite().all()
+    for weight in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="orpo_loss: expected finite weight >= 0"):
+            orpo_loss(equal, equal, weight=weight)
+    with pytest.raises(ValueError, match="orpo_loss: expected two"):
+        orpo_loss(equal, equal[:2], weight=0.1)
+
+
+def test_the_strengths_of_simpo_orpo_and_kto_push_as_they_say():
+    chosen, rejected, zero = torch.tensor([-1.0]), torch.tensor([-1.1]), torch.zeros(1)
+    assert simpo_loss(chosen, rejected, scale=2.0, offset=1.0).losses > simpo_loss(chosen, rejected, scale=2.0).losses
+    assert simpo_loss(chosen, rejected, scale=9.0).losses < simpo_loss(chosen, rejected, scale=2.0).losses
+    assert orpo_loss(rejected, chosen, weight=1.0).losses > orpo_loss(rejected, chosen, weight=0.1).losses
+    drifted = [kto_loss(zero + 2, zero - 2, zero, zero, torch.tensor(kl), beta=1.0).losses.item() for kl in (0.0, 2.0)]
+    assert drifted == pytest.approx([2 - 2 * sigmoid(2), 2 - sigmoid(0) - sigmoid(4)])
+    far, near = (kto_loss(zero + 2, zero - 2, zero, zero, torch.tensor(0.0), beta=beta).losses for beta in (0.1, 1.0))
+    assert near < far < 1  # a smaller beta leaves more to gain at the same distance
 
 
 # Errors

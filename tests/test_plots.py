@@ -93,3 +93,14 @@ def test_a_slider_that_is_moved_redraws_at_its_new_position(monkeypatch):
 def test_a_slider_refuses_a_start_that_is_no_position():
     with pytest.raises(ValueError, match="start to be one of the values"):
         plots.slider(print, values=[1, 2], start=3, label="x")
+
+
+def test_a_points_label_stands_beside_it_in_the_place_of_beta():
+    point = {"kl": 1.0, "kl_low": 0.5, "kl_high": 1.5, "score": 5.0, "score_low": 4.0, "score_high": 6.0}
+    rows = [
+        point | {"method": "DPO", "beta": 0.3},
+        point | {"method": "best of N", "beta": 4, "label": "N = 4"},
+        point | {"method": "SFT", "beta": None},
+    ]
+    figure, _ = plots.frontier_curves(rows, ylabel="score", title="a claim")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.3", "N = 4", ""]

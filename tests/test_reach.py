@@ -73,6 +73,8 @@ UNSEEN = {
     "the text of an error": changed("encoding", "expected", "wanted"),
     "the text of a print": changed("training", "runs on padded batches", "is run on padded batches"),
     "plots": changed("plots", "def ", "def _"),
+    "how progress looks": changed("progress", "mininterval=1.0", "mininterval=2.0"),
+    "what a bar is called": changed("evaluation", '"features of the reward model"', '"features"'),
     "what a preset holds": changed("presets", "0.3, 0.7, 1.0)", "0.3, 0.8, 1.0)"),
     "another loss": changed("losses", "def ppo_loss(", "def ppo_loss_2("),
     "what a notebook alone calls": changed("experiments", "if len(found) > 1]", "if len(found) > 2]"),
@@ -119,6 +121,9 @@ LINKS = {  # what f of the first module reaches holds a 1
     "a method that a library calls": ["from p.b import C\ndef f(): return C()", IN_C + "def forward(self): return 1"],
     "a class's parent": ["class B:\n    def g(self): return 1\nclass C(B): ...\ndef f(): return C()"],
     "a library's function": ["from numpy import log10 as log\ndef f(): return log(3)"],
+    "a library's function within": ["def f():\n    from numpy import log10 as log\n    return log(3)"],
+    "a function of a module, imported within under another name": ["def f():\n    from p.b import g as h\n    return h()", G],
+    "what a progress bar goes over": ["def f(): return progress([1])"],
 }
 
 
@@ -134,6 +139,14 @@ def test_names_exchanged_are_seen_those_marked_are_not_followed_and_an_import_wi
     assert of(marked.replace("1", "2")) == of(marked)
     within = "def f():\n    from p.b import g\n    return g()"
     assert of(within.replace("p.b", "p.c"), "", G) == of(within, G)
+    assert of("def f():\n    import os\n    return os.name") == of("import os\ndef f(): return os.name")
+    assert of("def f():\n    from p.b import g\n    return g()", G) == of("from p.b import g\ndef f(): return g()", G)
+
+
+def test_files_that_change_between_two_imports_are_refused(python):
+    code = "from pdpo import reach; reach.SOURCES['losses'] += '# edited'; import pdpo.experiments"
+    _, err = python("-c", code).communicate()
+    assert "its files have changed since this process first imported it" in err.splitlines()[-1]
 
 
 def test_the_package_imports_from_itself_in_the_ways_that_are_followed():

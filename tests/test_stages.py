@@ -202,7 +202,7 @@ def test_tiny_runs_on_one_thread_and_says_so(quick, capsys, threads):
 
 @pytest.mark.parametrize("workers, expected", [(None, 8), ("2", 4)])
 def test_a_model_gets_all_cores_divided_by_the_runs_at_a_time(quick, monkeypatch, capsys, threads, workers, expected):
-    for module in (experiments, presets, pdpo.stages):
+    for module in (experiments, pdpo.device, pdpo.stages):
         monkeypatch.setattr(module, "num_cores", lambda: 8)
     monkeypatch.setenv("PDPO_WORKERS", workers) if workers else monkeypatch.delenv("PDPO_WORKERS")
     start(replace(quick, model="a model"))

@@ -25,6 +25,7 @@ from pdpo.statistics import (
     p_value,
     pareto_set,
     resampled,
+    score_difference,
     tilted,
     variance_components,
     with_interval,
@@ -194,6 +195,20 @@ def test_resamples_draw_seeds_and_prompts_and_are_reproducible():
     values = resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400)
     assert {0.0, 5.5, 11.0} <= set(values) <= {0, 0.5, 1, 5, 5.5, 6, 10, 10.5, 11}
     assert np.array_equal(values, resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400))
+
+
+def test_policies_of_one_beta_are_compared_by_score_wherever_their_kl_is():
+    rng = np.random.default_rng(0)
+    kl, score = np.broadcast_to([[[1.0], [2.0]]], (3, 2, 50)), rng.normal(size=(3, 2, 50))
+    frontier = Frontier((0.1, 0.3), kl, score, stages=tuple("abcdef"))
+    one, other = frontier.at(0.1), frontier.at(0.3)
+    assert one.betas == (0.1,) and one.stages == ("a", "c", "e") and other.stages == ("b", "d", "f")
+    found = height_with_interval(one, other, measure=score_difference)
+    paired = score[:, 0] - score[:, 1]
+    assert found["height"] == pytest.approx(paired.mean()) and found["seeds"] == pytest.approx(list(paired.mean(1)))
+    assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(paired), abs=0.03)
+    with pytest.raises(ValueError, match="expected one of the betas"):
+        frontier.at(0.2)
 
 
 def test_frontier_rows_hold_every_point_with_its_interval():

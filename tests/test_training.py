@@ -1,5 +1,6 @@
 """Training: gradients that do not depend on micro batches, runs that survive being killed, limits that coincide."""
 
+import copy
 import json
 import math
 import random
@@ -11,18 +12,24 @@ import pytest
 import torch
 import worker
 
+from pdpo import toy
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
-from pdpo.encoding import collate
+from pdpo.data import pairs
+from pdpo.encoding import collate, encode
 from pdpo.evaluation import last_hidden
+from pdpo.losses import drdo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
+from pdpo.models import train_tokenizer, with_reward_head
 from pdpo.presets import TrainConfig
 from pdpo.training import (
     SLIC_REGULARIZATION,
     Row,
     batch_indices,
+    drawn_rows,
     evaluate_rows,
     learning_rate,
     micro_batches,
     policy_logps,
+    preference_rows,
     row_losses,
     shared_policy_logps,
     train,
@@ -106,6 +113,46 @@ def test_the_loss_starts_at_the_logarithm_of_the_number_of_rankings_or_at_the_sq
         assert found["accuracy"] == pytest.approx(0.5)  # not the sign of rounding errors
         for key in ("margin", "chosen_reward", "rejected_reward"):
             assert found[key] == pytest.approx(0, abs=1e-5)
+
+
+def test_methods_on_means_and_kto_take_each_rows_own_lengths_and_another_rows_response():
+    policy, _, config = worker.parts("dpo")
+    tokenizer, records = train_tokenizer(toy.load()[::40], vocab_size=400), pairs(toy.load()[::40])[::20]
+    moved = {}
+    for method, beta in (("simpo", None), ("orpo", None), ("drdo", None), ("ipo", 0.3), ("kto", 0.3)):
+        changed = replace(config, method=method, beta=beta, mean_logps=method in ("drdo", "ipo"))
+        rows = preference_rows(tokenizer, records, changed)
+        if method in ("ipo", "kto"):
+            rows = with_reference_logps(policy, rows, micro_batch_size=9)
+        learner = with_reward_head(copy.deepcopy(policy), seed=0) if method == "drdo" else copy.deepcopy(policy)
+        with torch.no_grad():
+            for weight in learner.transformer.parameters():
+                weight.mul_(0.9)
+            moved[method] = rows, learner, row_losses(learner, rows, changed)
+    tokens = torch.tensor([[len(encode(tokenizer, each.prompt, text).input_ids) - rows[i].sequences[0].num_prompt
+                            for text in each.responses] for i, each in enumerate(records)])  # fmt: skip
+    rows, learner, (losses, measured) = moved["kto"]
+    logps, reference = policy_logps(learner, rows).detach(), torch.tensor([row.reference_logps for row in rows])
+    mean, reference_mean = logps[:, :2] / tokens, reference[:, :2] / tokens
+    torch.testing.assert_close(moved["simpo"][2][0], simpo_loss(*mean.unbind(1), scale=2.0, offset=1.0).losses)
+    torch.testing.assert_close(moved["orpo"][2][0], orpo_loss(*mean.unbind(1), weight=0.1).losses)
+    expected = ipo_loss(*mean.unbind(1), *reference_mean.unbind(1), beta=0.3).losses
+    torch.testing.assert_close(moved["ipo"][2][0], expected)
+    # KTO's third response is the next record's chosen one behind this record's prompt
+    for i, record in enumerate(records):
+        other = records[(i + 1) % len(records)].responses[0]
+        assert rows[i].sequences[2] == encode(tokenizer, record.prompt, other)
+    kl = (logps - reference)[:, 2].mean().clamp(min=0)
+    expected = kto_loss(*logps[:, :2].unbind(1), *reference[:, :2].unbind(1), kl, beta=0.3).losses
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(torch.stack([measured["chosen_logp"], measured["rejected_logp"]], 1), logps[:, :2])
+    drdo_rows, learner, (losses, measured) = moved["drdo"]
+    scores = torch.stack([measured["chosen_reward"], measured["rejected_reward"]])
+    differences = torch.tensor([row.offset for row in drdo_rows])
+    expected = drdo_loss(*mean.unbind(1), *scores, differences, torch.zeros_like(differences)).losses
+    torch.testing.assert_close(losses.detach(), expected)
+    with pytest.raises(ValueError, match="expected mean_logps False for dpo, got True"):
+        replace(config, mean_logps=True)
 
 
 def test_reference_logps_equal_recomputation_one_by_one_and_keep_the_order():
@@ -203,6 +250,9 @@ def test_batches_are_pure_and_every_epoch_holds_every_row_once(num_rows, batch_s
     assert all(sorted(epoch) == list(range(num_rows)) for epoch in epochs)
     if num_rows > 3:
         assert epochs[0] != epochs[1] and batches[0] != batch_indices(num_rows, batch_size, seed=2, step=0)
+    for num in (1, 2, steps):
+        config = replace(DPO, steps=num, batch_size=batch_size, seed=1)
+        assert drawn_rows(num_rows, config) == sorted({i for batch in batches[:num] for i in batch})
 
 
 def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
@@ -230,7 +280,9 @@ def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measure
     assert not policy.training  # ready to sample from
     assert [record["lr"] for record in history[1:]] == [learning_rate(config, step) for step in range(11)]
     assert history[-1]["epoch"] == pytest.approx(11 * 8 / len(rows))
-    of_pairs = set() if method == "sft" else {"margin", "accuracy", "chosen_reward", "rejected_reward"}
+    of_pairs = (
+        set() if method == "sft" else {"margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
+    )
     assert set(history[1]) == {"loss", "grad_norm", "lr", "epoch", "step"} | of_pairs
     json.dumps(history)
 

@@ -236,6 +236,7 @@ REFUSED = [
     (["--beta", "inf"], "beta"), (["--beta", "1e400"], "beta"), (["--beta", "nan"], "beta"), (["--lr", "inf"], "lr"),
     (["--lr", "0"], "lr"), (["--method", "odpo", "--alpha", "nan"], "alpha"), (["--method", "odpo", "--alpha", "-1"], "alpha"),
     (["--seed", str(2**63)], "seed"), (["--seed", "-1"], "seed"), (["--steps", "0"], "steps"), (["--sft-steps", "-3"], "steps"),
+    (["--steps", str(2**70)], "from 1 to 2**31 - 1"),
     (["--out", "{file}/under/a/file"], "no folder"), (["--out", "{file}"], "expected an empty or a new folder"),
     (["--out", "{tmp}/dangling"], "expected an empty or a new folder"), (["--data", "{tmp}/absent.jsonl"], "absent.jsonl"),
     (["--data", "{tmp}/pipe.json"], "a pipe or a device"), (["--data", "{few}"], "at least 2 prompts to test on"),

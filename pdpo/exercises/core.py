@@ -190,12 +190,14 @@ def _given(names: Sequence[str], arguments: Sequence) -> str:
 @contextmanager
 def _watched(allowed: Sequence[str]) -> Iterator[list[str]]:
     """The names of this package's functions that run meanwhile, however they were imported or wrapped."""
+    import pdpo.data, pdpo.logps, pdpo.losses, pdpo.preferences  # noqa: E401  (else their import would look like a call)
+
     called: list[str] = []
 
     def watch(frame, event, _):
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:
-            if code.co_qualname not in allowed:
+            if code.co_qualname not in (*allowed, "__getattr__"):  # the package's names come when they are asked for
                 called.append(f"{frame.f_globals.get('__name__')}.{code.co_qualname}")
 
     before = sys.getprofile()

@@ -1,6 +1,6 @@
 """The numbers of docs/answers.md: runs a chapter's cells, then the code under its heading there.
 
-    PYTHONPATH=. python tests/dev/answers.py 01        one chapter: 00, 01, 02, 03, 04, 04b, 05, 06, 07, 08, 09
+    PYTHONPATH=. python tests/dev/answers.py 01        one chapter: 00, 01, 02, 03, 04, 04b, 05, 06, 07, 08, 09, 09b, 09c
 
 Of 01 to 05 all cells run but the figures; of the others, whose cells train, only the first one or two (imports and settings).
 """
@@ -17,7 +17,7 @@ os.environ.setdefault("PDPO_FIGURES_DIR", tempfile.mkdtemp())
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
-FIRST = {"00": 1, "06": 2, "07": 2, "08": 2, "09": 1}  # cells after that for Colab
+FIRST = {"00": 1, "06": 2, "07": 2, "08": 2, "09": 1, "09b": 1, "09c": 1}  # cells after that for Colab
 
 
 def blocks(chapter: str) -> list[str]:
@@ -30,10 +30,12 @@ def blocks(chapter: str) -> list[str]:
 def cells(chapter: str) -> list[str]:
     """The chapter's code that the answers go on from."""
     (path,) = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
-    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"][1:]
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"][1:]
     if chapter in FIRST:
-        return code[: FIRST[chapter]]
-    return [each for each in code if "NBVAL_IGNORE_OUTPUT" not in each]
+        code = code[: FIRST[chapter]]
+    else:
+        code = [cell for cell in code if "nbval-ignore-output" not in cell.metadata.get("tags", ())]
+    return [cell.source for cell in code]
 
 
 def main(chapter: str) -> None:

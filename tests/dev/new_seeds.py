@@ -15,7 +15,7 @@ import numpy as np
 
 from pdpo import experiments
 from pdpo.files import replacing, write_csv
-from pdpo.plots import figures_dir
+from pdpo.plots import committed_figures_dir
 from pdpo.statistics import bootstrap_interval, height_with_interval
 
 FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 1}
@@ -97,7 +97,7 @@ def main() -> None:
         shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*values[claim]) for values in (old, new)]
         rows.append({"claim": claim, "published": shown[0], "repeated": shown[1], "status": status(old[claim], new[claim])})
         print(f"{rows[-1]['status']:14} {claim:60} {shown[0]}   {shown[1]}")
-    target = figures_dir() / preset.name / "09_claims.csv"
+    target = committed_figures_dir() / preset.name / "09_claims.csv"
     with replacing(target) as temporary:
         write_csv(temporary, rows)
     print(f"seeds {options.published} and {options.seeds}; {target}")

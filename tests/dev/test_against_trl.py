@@ -1,8 +1,10 @@
-"""sequence_logps, dpo_loss and ipo_loss against TRL's DPOTrainer, on one batch of two small random GPT-2s. Written for trl 1.16.0.
+"""sequence_logps and the losses of DPO, IPO, SimPO, ORPO and KTO against TRL's, on two small random GPT-2s. Written for trl 1.16.0.
 
 TRL is no dependency of pdpo: in another environment, `pip install torch==2.13.0 trl==1.16.0 pytest`, then
 `PYTHONPATH=. python -m pytest tests/dev/test_against_trl.py -s`.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ pytest.importorskip("trl", reason="trl is not installed; the first lines of this
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 
 from pdpo.logps import sequence_logps
-from pdpo.losses import dpo_loss, ipo_loss
+from pdpo.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 
 WORDS = ["<eos>", *"the capital of France is Paris Rome opposite hot cold tea very a big".split()]
 PAIRS = [
@@ -34,20 +38,20 @@ def random_gpt2(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def trl_trainer(tmp_path, **config) -> DPOTrainer:
+def trl_trainer(tmp_path, trainer=DPOTrainer, config_class=DPOConfig, rows=PAIRS, seeds=(0, 1), **config):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<eos>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
-    arguments = DPOConfig(
+    arguments = config_class(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1, max_steps=1,
-        per_device_train_batch_size=3, learning_rate=1e-3, max_grad_norm=1e9, gradient_checkpointing=False, **config,
+        per_device_train_batch_size=len(rows), learning_rate=1e-3, max_grad_norm=1e9, gradient_checkpointing=False, **config,
     )  # fmt: skip
-    return DPOTrainer(
-        random_gpt2(0),
-        ref_model=random_gpt2(1),
+    return trainer(
+        random_gpt2(seeds[0]),
+        ref_model=random_gpt2(seeds[1]),
         args=arguments,
-        train_dataset=Dataset.from_list(PAIRS),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
 
@@ -117,5 +121,52 @@ def test_each_pair_has_trls_loss_and_gradient(tmp_path, row, loss_type, label_sm
     loss.sum().backward()
     print(f"{loss_type} {label_smoothing} pair {row}: trl {theirs.item():.7f} pdpo {loss.item():.7f}")
     torch.testing.assert_close(loss.sum(), theirs, rtol=1e-5, atol=1e-6)
+    for mine, his in zip(policy.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale, offset", [(2.0, 1.0), (10.0, 3.0)])
+def test_simpo_and_orpo_have_trls_losses_and_gradients(scale, offset):
+    means = -torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) * 3
+    mine, theirs = means.clone().requires_grad_(), means.clone().requires_grad_()
+    here = SimpleNamespace(device=torch.device("cpu"))
+    simpo = SimpleNamespace(alpha=0.0, loss_type="simpo", simpo_gamma=offset, beta=scale, label_smoothing=0.0, accelerator=here)
+    orpo = SimpleNamespace(beta=0.3, accelerator=here)
+    pairs = [
+        (simpo_loss(*mine, scale=scale, offset=offset).losses, CPOTrainer.cpo_loss(simpo, *theirs)[0]),
+        # TRL's losses are what is taken off the chosen response's likelihood loss
+        (orpo_loss(*mine, weight=0.3).losses, -theirs[0] - ORPOTrainer.odds_ratio_loss(orpo, *theirs)[0]),
+    ]
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+        slopes = torch.autograd.grad(one.sum(), mine)[0], torch.autograd.grad(other.sum(), theirs)[0]
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_kto_has_trls_loss_and_gradient_with_its_mismatched_responses(tmp_path):
+    rows = [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for p in PAIRS
+        for side in ("chosen", "rejected")
+    ]
+    trainer = trl_trainer(tmp_path, KTOTrainer, KTOConfig, rows, seeds=(1, 0), beta=0.3, train_sampling_strategy="sequential")
+    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    theirs.backward()
+    policy, reference = random_gpt2(1), random_gpt2(0)  # with the seeds the other way round z is clamped to 0
+    # TRL's mismatched response is that of the row before
+    mixed = [{"prompt": row["prompt"], "chosen": rows[i - 1]["completion"], "rejected": " tea"} for i, row in enumerate(rows)]
+
+    def kto(*logps, beta):
+        return kto_loss(*logps, kl, beta=beta)
+
+    with torch.no_grad():
+        mismatched, result = ours(policy, reference, mixed, beta=1.0)
+        kl = result.chosen_rewards.mean().clamp(min=0)
+    _, result = ours(policy, reference, PAIRS, loss=kto, beta=0.3)
+    loss = result.losses.mean() / 2  # over responses, not pairs
+    loss.backward()
+    print(f"kto: kl {kl:.4f}, trl {theirs.item():.7f} pdpo {loss.item():.7f}")
+    assert kl > 0
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
     for mine, his in zip(policy.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-5)

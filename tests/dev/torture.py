@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -47,12 +48,13 @@ class Ended:
 
 def in_child(function, *, kill_after: float | None = None, file_limit: int | None = None) -> Ended:
     """function() in a fork of this process; its result must be JSON."""
-    said, gave = FOLDER / "said", FOLDER / "gave"
+    gave, said = FOLDER / "gave", []
     gave.unlink(missing_ok=True)
+    heard, speaks = os.pipe()  # not a file, which a full disk would cut short
     child = os.fork()
     if child == 0:
         os.setsid()
-        with open(said, "w") as out:
+        with open(speaks, "w") as out:
             os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             status = 1
@@ -64,11 +66,16 @@ def in_child(function, *, kill_after: float | None = None, file_limit: int | Non
                 if file_limit is None:
                     gave.write_text(json.dumps(result))
                 status = result if isinstance(result, int) else 0
+            except SystemExit as stop:  # argparse has said what is wrong
+                status = stop.code if isinstance(stop.code, int) else 1
             except BaseException:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(status)
+    os.close(speaks)
+    listening = threading.Thread(target=lambda: said.extend(iter(lambda: os.read(heard, 65536), b"")), daemon=True)
+    listening.start()
     end, killed = time.monotonic() + (LIMIT if kill_after is None else kill_after), False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -79,7 +86,9 @@ def in_child(function, *, kill_after: float | None = None, file_limit: int | Non
                 os.killpg(child, signal.SIGKILL)
             killed = True
         time.sleep(0.002)
-    text = said.read_text(errors="replace")
+    listening.join(timeout=10)  # a grandchild could hold the pipe open
+    os.close(heard)
+    text = b"".join(said).decode(errors="replace")
     result = json.loads(gave.read_text()) if gave.exists() else None
     return Ended(os.waitstatus_to_exitcode(status), text, result, hung=killed and kill_after is None)
 

@@ -1,0 +1,102 @@
+"""The studies of notebooks 09b and 09c that take too long to be made whenever the notebooks run; they draw what this writes.
+
+    python tests/dev/studies.py grid sizes      # figures/PRESET/study_*.csv; each about ten minutes on two cores
+
+grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
+prompts at three sizes of data, with equal steps and with equal passes. Seeds 0 to 2; what was trained is kept.
+"""
+
+import argparse
+from dataclasses import replace
+
+from pdpo import experiments
+from pdpo.data import load_split, pairs
+from pdpo.files import replacing, write_csv
+from pdpo.plots import committed_figures_dir
+from pdpo.statistics import frontier_rows, height_with_interval, with_interval
+
+BETAS = (0.1, 0.3, 1.0)
+RATES = (5e-5, 2e-4, 4e-4)
+SIZES = (100, 400, None)  # pairs; None: all
+
+
+def on_validation(sft, **options):
+    """One run, measured on validation prompts."""
+    run = experiments.run_preference(sft, **options)
+    few = replace(run, preset=replace(run.preset, num_samples=8))
+    return experiments.run_win_rate(few, records=load_split(sft.preset.data)[1])
+
+
+def methods() -> dict[str, dict]:
+    """name -> what it asks of `run_preference`."""
+    return {"DPO": {"method": "dpo"}} | {f"ODPO, alpha {alpha:g}": {"method": "odpo", "alpha": alpha} for alpha in (0.5,)}
+
+
+def grid(sfts) -> list[dict]:
+    """One row a method, rate and beta: KL and gold score on validation prompts, and which rate is best for each method and beta."""
+    keys = [(name, lr, beta) for name in methods() for lr in RATES for beta in BETAS]
+    settings = [
+        {"sft": sft, "lr": lr, "beta": beta, "num_evaluations": 1, **methods()[name]} for name, lr, beta in keys for sft in sfts
+    ]
+    measured = iter(experiments.run_all(on_validation, settings))
+    rows = []
+    for name, lr, beta in keys:
+        stages = [next(measured) for _ in sfts]
+        row = {"method": name, "lr": lr, "beta": beta}
+        for key in ("kl", "score"):
+            row |= with_interval(key, [stage.column(key) for stage in stages])
+        rows.append(row)
+    for row in rows:
+        row["best"] = int(
+            row is max((other for other in rows if other["method"] == row["method"]), key=lambda each: each["score"])
+        )
+    return rows
+
+
+def sizes(sfts) -> list[dict]:
+    """One row a size, budget, method and beta, with ODPO's height above DPO's at that size and budget."""
+    preset = sfts[0].preset
+    train = load_split(preset.data)[0]
+    drawn = {sft.seed: pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed) for sft in sfts}
+    smallest = min(map(len, drawn.values()))
+    wanted = {}
+    for size in SIZES:
+        for budget in ("equal steps", "equal passes"):
+            steps = preset.preference.steps
+            if budget == "equal passes" and size:
+                steps = max(round(steps * size / smallest), 1)
+            for method in ("dpo", "odpo"):
+                records = {seed: each[:size] for seed, each in drawn.items()}
+                wanted[size, budget, method] = {
+                    "method": method, "betas": BETAS, "records": records, "steps": steps, "num_evaluations": 1
+                }  # fmt: skip
+    frontiers = experiments.run_frontiers(sfts, wanted)
+    rows = []
+    for (size, budget, method), frontier in frontiers.items():
+        found = height_with_interval(frontiers[size, budget, "odpo"], frontiers[size, budget, "dpo"])
+        about = {"pairs": size or smallest, "budget": budget, "steps": wanted[size, budget, method]["steps"]}
+        heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high")}
+        rows += [about | row | heights for row in frontier_rows({method.upper(): frontier})]
+    return rows
+
+
+STUDIES = {each.__name__: each for each in (grid, sizes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", choices=STUDIES)
+    parser.add_argument("--preset", default="tiny")
+    options = parser.parse_args()
+    preset = experiments.start(options.preset)
+    sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in preset.seeds])
+    for name in options.studies:
+        rows = STUDIES[name](sfts)
+        target = committed_figures_dir() / preset.name / f"study_{name}.csv"
+        with replacing(target) as temporary:
+            write_csv(temporary, rows)
+        print(f"{target}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

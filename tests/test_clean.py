@@ -1,0 +1,82 @@
+"""Running the kit leaves the clone as it was: what git keeps changes only where a maintainer asks for it."""
+
+import csv
+import subprocess
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from pdpo import kept, plots, runner
+from pdpo.__main__ import main
+from pdpo.plots import figures_dir
+
+
+def status() -> str:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository around this package")
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"git status failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_notebook_that_draws_leaves_git_status_as_it_was(output, tmp_path):
+    before, files = status(), {path: path.stat().st_mtime_ns for path in (ROOT / "figures").rglob("*")}
+    said = output("-m", "pdpo", "run", "--notebooks", "01", PDPO_RUNS_DIR=str(tmp_path / "runs"), PDPO_FIGURES_DIR=None)
+    assert status() == before
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "figures").rglob("*")} == files  # nor the same again
+    drawn = {path.name for path in (tmp_path / "runs" / "figures").rglob("01_*.png")}
+    committed = {path.name for path in (ROOT / "figures").rglob("01_*.png")}
+    assert drawn == committed and len(drawn) > 3
+    assert all(name in said for name in drawn)
+
+
+def test_figures_go_to_the_runs_folder_unless_a_variable_names_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.delenv("PDPO_FIGURES_DIR", raising=False)
+    assert figures_dir() == tmp_path / "runs" / "figures"
+    monkeypatch.setenv("PDPO_FIGURES_DIR", str(tmp_path / "elsewhere"))
+    assert figures_dir() == tmp_path / "elsewhere"
+    assert plots.committed_figures_dir() == ROOT / "figures"
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A notebooks folder with one notebook, which says where its figures would go, and a place for what git would keep."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    cell = nbformat.v4.new_code_cell("import os\nprint('figures:', os.environ['PDPO_FIGURES_DIR'])")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "00_draws.ipynb")
+    monkeypatch.setattr(runner, "notebooks_dir", lambda: folder)
+    monkeypatch.setattr(runner, "committed_figures_dir", lambda: tmp_path / "committed")
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("PDPO_FIGURES_DIR", "")  # restored at the end, whatever the runner sets
+    return folder
+
+
+def test_save_alone_writes_what_git_keeps_and_minutes_are_kept_only_of_a_run_from_nothing(notebooks, tmp_path):
+    run, table = ["run", "--preset", "tiny", "--jobs", "1"], "tiny/minutes.csv"
+
+    def said(folder):
+        return nbformat.read(folder / "00_draws.ipynb", 4).cells[0]
+
+    assert main(run) == 0
+    assert said(notebooks).execution_count is None and said(tmp_path / "runs" / "notebooks").outputs[0].text == "figures: \n"
+    rows = list(csv.DictReader((tmp_path / "runs" / "figures" / table).open()))
+    assert [row["notebook"] for row in rows] == ["00_draws", "all"] and 0 < float(rows[0]["minutes"]) <= float(
+        rows[1]["minutes"]
+    )
+    (tmp_path / "runs" / "tiny" / "sft-seed0").mkdir(parents=True)
+    assert main([*run, "--save"]) == 0
+    assert said(notebooks).outputs[0].text == f"figures: {tmp_path / 'committed'}\n"
+    assert not (tmp_path / "committed" / table).exists()  # a stage was kept
+
+
+def test_figures_in_the_runs_folder_are_no_stages(monkeypatch, tmp_path):
+    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path))
+    (tmp_path / "figures" / "tiny").mkdir(parents=True)
+    assert kept.kept_stages() == []
+    (tmp_path / "tiny" / "sft-seed0").mkdir(parents=True)
+    assert [each["stage"] for each in kept.kept_stages()] == ["tiny/sft-seed0"]
