@@ -36,12 +36,18 @@ def curve(x: list[float], y: list[float], *, label: str, width: int = 220, heigh
     )
 
 
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, with a cell to show things in (that ipykernel is imported is not enough)."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 def progress_file() -> SimpleNamespace:
     """What tqdm draws on, as its `file`: in a notebook a line under the cell, in a terminal stderr, else lines for a log.
 
     On stderr a notebook would show the line red, and keep a red line when it is gone. Where $PDPO_STATIC says that nobody looks,
     a notebook draws none."""
-    if "ipykernel" not in sys.modules:
+    if not in_notebook():
         return sys.stderr if sys.stderr.isatty() else SimpleNamespace(write=log_lines(), flush=int, encoding="utf-8")
     write = str if os.environ.get("PDPO_STATIC") else cell_line()
     return SimpleNamespace(write=write, flush=int, encoding="utf-8")  # nothing is held back; blocks may be drawn

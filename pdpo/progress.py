@@ -1,14 +1,13 @@
 """One line that says how far a pass over data is and how long the rest will take; it is gone when the pass ends."""
 
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from pdpo.cells import progress_file
+from pdpo.cells import in_notebook, progress_file
 from pdpo.distributed import launch_rank
 
 DELAY = 2.0  # seconds that a pass takes before anything is drawn
@@ -60,7 +59,7 @@ def progress(
 
     timer = threading.Timer(DELAY, draw)
     timer.daemon = True
-    silent, began = later is None or "ipykernel" in sys.modules, time.monotonic()
+    silent, began = later is None or in_notebook(), time.monotonic()
     timer.start()
     try:
         for number, item in enumerate(bar, 1):

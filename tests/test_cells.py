@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 import pdpo
-from pdpo.cells import card, cell_line, curve, log_lines
+from pdpo.cells import card, cell_line, curve, in_notebook, log_lines, progress_file
 from pdpo.experiments import run_frontier, run_preference, run_reward_model, run_sft, run_win_rate
 from pdpo.files import read_json
 from pdpo.runner import stray
@@ -93,6 +94,16 @@ def test_a_notebooks_progress_is_no_stderr_and_leaves_nothing_behind(monkeypatch
     assert dict(outputs[1].data) == {"text/plain": "", "text/html": ""}  # what was there has been taken back
     (output,) = executed(BAR, monkeypatch, static="1")
     assert output.text == "before\nafter\n"
+
+
+def test_a_process_that_has_ipykernel_but_no_cell_is_no_notebook(monkeypatch, capsys):
+    import ipykernel  # noqa: F401 (as a test beside this one, or a library, may have done)
+
+    assert not in_notebook()
+    progress_file().write("\r 0%")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=None))
+    assert in_notebook()
 
 
 def test_where_ipywidgets_is_missing_no_red_warning_is_the_first_output(monkeypatch):

@@ -27,7 +27,6 @@ def hours(monkeypatch):
     """A clock on which every item takes an hour."""
     now = iter(range(0, 10**6, 3600))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
 
 
 def test_a_short_pass_and_one_of_another_process_draw_nothing(capsys, monkeypatch):
@@ -57,9 +56,9 @@ def test_how_long_a_run_will_take_is_said_once(hours, capsys, later, said):
 
 
 def test_in_a_notebook_and_for_a_short_run_the_bar_alone_says_it(hours, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
     list(progress(range(4), "dpo", later=0.0))
-    monkeypatch.delitem(sys.modules, "ipykernel")
+    monkeypatch.setattr(module, "in_notebook", lambda: False)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
     list(progress(range(4), "dpo", later=59.0))
     assert capsys.readouterr().out == ""
