@@ -1,13 +1,17 @@
-# make run: every notebook on the preset that fits this machine. make test: everything that can be checked without a GPU.
+# make run: notebooks 00 to 09 and 14 on the preset that fits this machine; make run-all: every one.
+# make test: everything that can be checked without a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test exercises results browser lint torture clean
+.PHONY: run run-all test exercises results browser lint torture clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m pdpo run
+
+run-all: $(VENV)/.installed
+	$(BIN)/python -m pdpo run --notebooks all
 
 test: $(VENV)/.installed
 	PDPO_TEST_RUNS_DIR=$(CURDIR)/runs $(BIN)/python -m pytest -p no:nbval -n $(JOBS) --dist loadfile tests

@@ -31,7 +31,8 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
 
     Args:
         preset: passed to the notebooks as PDPO_PRESET.
-        numbers: their numbers or first characters, such as ["06", "04b"]; None is all of them.
+        numbers: their numbers or first characters, such as ["06", "04b"]; ["all"]; None leaves out chapters 10 to 13, on which
+            no other builds.
         jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
         save: True writes the outputs into notebooks/ and the figures into figures/; False leaves both alone, and git status
             clean. Executed copies go to runs/ either way.
@@ -39,14 +40,15 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with.
     """
     every = sorted(notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
-    chosen = every if not numbers else [_find(number, every) for number in numbers]
+    core = [path for path in every if not "10" <= path.name[:2] < "14"]
+    chosen = core if not numbers else every if numbers == ["all"] else [_find(number, every) for number in numbers]
     if jobs is None:
         jobs = 1 if device().type == "cuda" else min(num_cores(), 2)
     os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
     os.environ["PDPO_STATIC"] = "1"  # nobody is there to move a slider; a figure is kept
     if save:
         os.environ["PDPO_FIGURES_DIR"] = os.environ.get("PDPO_FIGURES_DIR") or str(committed_figures_dir())
-    from_nothing = chosen == every and not any((runs_dir() / preset.name).glob("*"))
+    from_nothing = chosen in (core, every) and not any((runs_dir() / preset.name).glob("*"))
     began = time.time()
     print(f"{len(chosen)} notebooks, {jobs} at a time; executed copies in {runs_dir() / 'notebooks'}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:

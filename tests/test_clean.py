@@ -1,6 +1,7 @@
 """Running the kit leaves the clone as it was: what git keeps changes only where a maintainer asks for it."""
 
 import csv
+import shutil
 import subprocess
 
 import nbformat
@@ -72,6 +73,14 @@ def test_save_alone_writes_what_git_keeps_and_minutes_are_kept_only_of_a_run_fro
     assert main([*run, "--save"]) == 0
     assert said(notebooks).outputs[0].text == f"figures: {tmp_path / 'committed'}\n"
     assert not (tmp_path / "committed" / table).exists()  # a stage was kept
+
+
+@pytest.mark.parametrize("asked, executed", [([], "00_draws 14_last"), (["--notebooks", "all"], "00_draws 10_more 14_last")])
+def test_a_run_leaves_the_later_chapters_out_unless_they_are_asked_for(notebooks, tmp_path, asked, executed):
+    for name in ("10_more", "14_last"):
+        shutil.copy(notebooks / "00_draws.ipynb", notebooks / f"{name}.ipynb")
+    assert main(["run", "--preset", "tiny", "--jobs", "2", *asked]) == 0
+    assert sorted(path.stem for path in (tmp_path / "runs" / "notebooks").glob("*")) == executed.split()
 
 
 def test_figures_in_the_runs_folder_are_no_stages(monkeypatch, tmp_path):
