@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks and write their figures")
     run.add_argument("--preset", choices=PRESETS, help="default: the one that fits this machine")
-    run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08, or all; default: all but 10 to 13")
+    run.add_argument(
+        "--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08, or all; default: all but 10 to 13"
+    )
     run.add_argument("--jobs", type=int, help="notebooks at a time; default: 2 on a CPU with two cores or more, else 1")
     run.add_argument(
         "--save", action="store_true", help="write outputs into notebooks/ and figures into figures/ (for maintainers)"
