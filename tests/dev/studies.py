@@ -1,9 +1,10 @@
 """The studies of notebooks 09b and 09c that take too long to be made whenever the notebooks run; they draw what this writes.
 
-    python tests/dev/studies.py grid sizes      # figures/PRESET/study_*.csv; each about ten minutes on two cores
+    python tests/dev/studies.py grid sizes alphas temperatures    # figures/PRESET/study_*.csv; five to ten minutes each, on two cores
 
 grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
-prompts at three sizes of data, with equal steps and with equal passes. Seeds 0 to 2; what was trained is kept.
+prompts at three sizes of data, with equal steps and with equal passes. alphas: ODPO at the seven alphas of its paper's Fig. 6.
+temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. Seeds 0 to 2; what was trained is kept.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pdpo.statistics import frontier_rows, height_with_interval, with_interval
 BETAS = (0.1, 0.3, 1.0)
 RATES = (5e-5, 2e-4, 4e-4)
 SIZES = (100, 400, None)  # pairs; None: all
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 
 
 def on_validation(sft, **options):
@@ -80,7 +82,46 @@ def sizes(sfts) -> list[dict]:
     return rows
 
 
-STUDIES = {each.__name__: each for each in (grid, sizes)}
+def alphas(sfts) -> list[dict]:
+    """One row an alpha and beta: KL and score, and the alpha's height above DPO's frontier (alpha 0)."""
+    alpha_of = {"DPO": 0.0} | {f"ODPO, alpha {alpha:g}": alpha for alpha in ALPHAS[1:]}
+    wanted = {
+        name: {"method": "odpo", "alpha": alpha, "betas": BETAS, "num_evaluations": 1} for name, alpha in alpha_of.items()
+    }
+    wanted["DPO"] = {"method": "dpo", "betas": BETAS}  # the notebooks' runs
+    frontiers = experiments.run_frontiers(sfts, wanted)
+    rows = []
+    for name, frontier in frontiers.items():
+        found = height_with_interval(frontier, frontiers["DPO"])
+        heights = {f"over_dpo_{key}": found[key] for key in ("height", "low", "high")}
+        rows += [{"alpha": alpha_of[name]} | row | heights for row in frontier_rows({name: frontier})]
+    return rows
+
+
+def temperatures(sfts) -> list[dict]:
+    """One row a method, beta and temperature: SBERT win rate, and on the toy the gold score."""
+    preset = sfts[0].preset
+    asked = [{"sft": sft, "method": "sft", "beta": None} for sft in sfts]
+    asked += [{"sft": sft, "method": name, "beta": beta} for name in ("dpo", "odpo") for beta in preset.betas for sft in sfts]
+    settings = [each | {"temperature": temperature} for each in asked for temperature in preset.temperatures]
+    found: dict[tuple, list] = {}
+    for each, result in zip(settings, experiments.run_all(at_temperature, settings), strict=True):
+        found.setdefault((each["method"].upper(), each["beta"], each["temperature"]), []).append(result)
+    rows = []
+    for (method, beta, temperature), stages in found.items():
+        row = {"method": method, "beta": beta, "temperature": temperature}
+        for key in ("win", "score") if preset.data == "toy" else ("win",):
+            row |= with_interval(key, [each.column(key) for each in stages])
+        rows.append(row)
+    return rows
+
+
+def at_temperature(sft, *, method, beta, temperature):
+    run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta)
+    return experiments.run_win_rate(run, temperature=temperature)
+
+
+STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures)}
 
 
 def main() -> None:
