@@ -12,9 +12,11 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     """Percentile bootstrap interval of a mean.
 
     Args: values: (N,) one number an independent unit, which here is a prompt; for a paired comparison, the differences. With
-        (S, N), a row for each seed, both seeds and prompts are drawn again.
-    Returns: (low, high), in the unit of the values.
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife"."""
+        (S, N), a row for each seed, both seeds and prompts are drawn again: S - 1 of the seeds, since S of them would vary by
+        (S - 1) / S of what a mean over seeds does, two thirds of it for three.
+    Returns: (low, high), in the unit of the values. Of three seeds any interval is rough: repeat on others what you want to believe.
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife"; one fewer: Rao & Wu 1988, "Resampling inference with
+        complex survey data"."""
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
         raise ValueError(
@@ -23,7 +25,7 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
     of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
     prompts = rng.integers(of_seed.shape[1], size=(num_resamples, of_seed.shape[1]))
-    seeds = rng.integers(len(of_seed), size=(num_resamples, len(of_seed)))
+    seeds = rng.integers(len(of_seed), size=(num_resamples, max(len(of_seed) - 1, 1)))
     means = np.take_along_axis(of_seed[seeds].mean(1), prompts, axis=1).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -157,13 +159,14 @@ def pareto_set(kl, score) -> np.ndarray:
     return ~(no_worse & better).any(0)
 
 
-def height_between(points, other) -> float:
+def height_between(points, other, *, within: tuple[float, float] = (0.0, math.inf)) -> float:
     """Mean height of one frontier above another over the KL range that both cover: their area divided by its width.
 
     Args: points, other: (kl, score) of each, in any order; linear between points, nothing beyond them.
+          within: a part of the KL range, in nats.
     Returns: In units of the score; > 0 where `points` lies higher. nan where the two ranges do not overlap."""
     (kl, score), (other_kl, other_score) = (np.asarray(each)[:, np.argsort(each[0])] for each in (points, other))
-    low, high = max(kl[0], other_kl[0]), min(kl[-1], other_kl[-1])
+    low, high = max(kl[0], other_kl[0], within[0]), min(kl[-1], other_kl[-1], within[1])
     if not low < high:
         return float("nan")
     knots = np.unique(np.clip(np.concatenate([kl, other_kl]), low, high))  # both are linear between two knots
@@ -172,14 +175,14 @@ def height_between(points, other) -> float:
 
 
 def resampled(statistic, frontiers: list[Frontier], *, num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """(num_resamples,) values of statistic([points, ...]) when seeds and prompts are drawn again, with replacement.
+    """(num_resamples,) values of statistic([points, ...]) when seeds and prompts are drawn again as `bootstrap_interval` draws them.
 
     All frontiers get the same draw: they share their seeds' SFT policies and the prompts, so differences are paired."""
     rng = np.random.default_rng(seed)
     num_seeds, _, num_prompts = frontiers[0].kl.shape
     values = []
     for _ in range(num_resamples):
-        seeds, prompts = rng.integers(num_seeds, size=num_seeds), rng.integers(num_prompts, size=num_prompts)
+        seeds, prompts = rng.integers(num_seeds, size=max(num_seeds - 1, 1)), rng.integers(num_prompts, size=num_prompts)
         values.append(statistic([frontier.points(seeds, prompts) for frontier in frontiers]))
     return np.array(values)
 
@@ -204,9 +207,11 @@ def score_difference(points, other) -> float:
 
 def height_with_interval(frontier: Frontier, other: Frontier, *, measure=height_between) -> dict[str, float]:
     """`height_between` two frontiers, or their `score_difference`, with its 95 % bootstrap interval over seeds and prompts, its
-    `p_value`, and each seed's own value."""
+    `p_value`, each seed's own value, and the KL range that both cover."""
     values = resampled(lambda points: measure(*points), [frontier, other])
     low, high = np.nanquantile(values, [0.025, 0.975])
     each = [measure(frontier.points([i]), other.points([i])) for i in range(len(frontier.kl))]
-    height = measure(frontier.points(), other.points())
-    return {"height": height, "low": float(low), "high": float(high), "p": p_value(height, values), "seeds": each}
+    (kl, _), (other_kl, _) = points = frontier.points(), other.points()
+    covered = {"kl_low": float(max(kl.min(), other_kl.min())), "kl_high": float(min(kl.max(), other_kl.max()))}
+    height = measure(*points)
+    return {"height": height, "low": float(low), "high": float(high), "p": p_value(height, values), "seeds": each, **covered}

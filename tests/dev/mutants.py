@@ -169,6 +169,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("components: sample variance of all", "variance_components", "values.var(2, ddof=1).mean()", "values.var(ddof=1)", "statistics"),
     ("best of n: with replacement", "best_of", "math.comb(rank, n - 1)", "(rank + 1) ** n - rank**n", "statistics"),
     ("Holm: all alike", "holm", "len(p_values) - np.arange(len(p_values))", "len(p_values) + 0 * np.arange(len(p_values))", "statistics"),
+    ("bootstrap: S of S seeds", "bootstrap_interval", "max(len(of_seed) - 1, 1)", "len(of_seed)", "statistics"),
     ("bootstrap: seeds not drawn again", "bootstrap_interval", "of_seed[seeds].mean(1)", "of_seed[np.sort(seeds) * 0 + np.arange(len(of_seed))].mean(1)", "statistics"),
     ("bootstrap: one tail", "bootstrap_interval", "(1 - level) / 2", "(1 - level)", "statistics"),
     ("pareto: equal KL never beats", "pareto_set", "kl[:, None] <= kl", "kl[:, None] < kl", "statistics"),

@@ -1,8 +1,8 @@
-"""Repeats the verdicts of notebooks 08 and 09 on seeds that chose nothing, and writes figures/<preset>/09_claims.csv.
+"""Repeats the verdicts of notebooks 08 to 09c on seeds that chose nothing, and writes figures/<preset>/09_claims.csv.
 
-    python tests/dev/new_seeds.py [--seeds 10 11 12 13 14] [--published 0 1 2]
+    python tests/dev/new_seeds.py [--seeds 20 21 22 23 24] [--published 0 1 2]
 
-A quarter of an hour on two cores with the preset tiny, from nothing; what was trained is kept. A claim's value is a paired difference
+Half an hour on two cores with the preset tiny, from nothing; what was trained is kept. A claim's value is a paired difference
 with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 on both sets of seeds, on the same side;
 "resolved now": clear on the new seeds alone; "not repeated": clear on the old ones alone; "contradicted": clear on opposite sides;
 "not told apart": on neither.
@@ -14,61 +14,116 @@ from dataclasses import replace
 import numpy as np
 
 from pdpo import experiments
+from pdpo.data import Preference, load_split, pairs
 from pdpo.files import replacing, write_csv
 from pdpo.plots import committed_figures_dir
-from pdpo.statistics import bootstrap_interval, height_with_interval
+from pdpo.statistics import bootstrap_interval, height_between, height_with_interval
 
 FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 1}
 STRONG = {"method": "odpo", "alpha": 1.0, **FEW}
-HEIGHTS = [  # at equal KL; the first two were named before any run
+HEIGHTS = [  # at equal KL, all that notebook 09c lists
     ("ODPO", "DPO"),
-    ("alpha 1", "alpha 1, mean margin"),
-    ("alpha 1", "DPO"),
+    ("control", "DPO"),
+    ("ODPO", "control"),
     ("SLiC-HF", "DPO"),
+    ("SLiC-HF", "ODPO"),
+    ("identity", "ODPO"),
+    ("log_ratio", "ODPO"),
+    ("log_ratio", "DPO"),
+    ("alpha 1", "ODPO"),
+    ("alpha 1", "DPO"),
+    ("alpha 1", "alpha 1, mean margin"),
     ("SGD", "DPO"),
+    ("Plackett-Luce", "all pairs"),
+    ("Plackett-Luce", "best against worst"),
+    ("all pairs", "best against worst"),
 ]
+PARTS = {"a KL of 0.2 to 0.7": (0.2, 0.7), "a KL of 0.7 to 1.8": (0.7, 1.8)}
+
+
+def methods(preset, seeds: list[int]) -> dict[str, dict]:
+    """The runs of notebooks 09 to 09c."""
+    betas = (*preset.betas, 2.0, 5.0)
+    records = load_split(preset.data)[0]
+    best_worst = [Preference(each.prompt, (each.responses[0], each.responses[-1])) for each in records]
+    return {
+        "SFT": {"method": "sft"},
+        "DPO": {"method": "dpo", "betas": betas},
+        "ODPO": {"method": "odpo", "betas": betas},
+        "control": {"method": "odpo", "offset_scale": "mean", **FEW},
+        "SLiC-HF": {"method": "slic", **FEW},
+        "identity": {"method": "odpo", "offset_scale": "identity", **FEW},
+        "log_ratio": {"method": "odpo", "offset_scale": "log_ratio", **FEW},
+        "alpha 1": STRONG,
+        "alpha 1, mean margin": STRONG | {"offset_scale": "mean"},
+        "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, **FEW, "betas": (0.05, 0.3, 1.0)},
+        "Plackett-Luce": {"method": "plackett_luce", "batch_size": preset.preference.batch_size // 2, **FEW},
+        "all pairs": {"method": "dpo", "records": dict.fromkeys(seeds, pairs(records)), **FEW},
+        "best against worst": {"method": "dpo", "batch_size": 27, "records": dict.fromkeys(seeds, best_worst), **FEW},
+    }
+
+
+def after_imitation(preset, trained: list) -> dict:
+    """DPO from the policies that imitated the best responses, on graded pairs and on pairs of their own samples."""
+    own = {}
+    for run in trained:
+        rankings, _ = experiments.bootstrapped_rankings(run, num_samples=4)
+        own[run.seed] = pairs(rankings, num_per_prompt=preset.pairs_per_prompt, seed=run.seed)
+    options = {"method": "dpo", "betas": (0.3, 1.0, 5.0), "num_evaluations": 1}
+    return experiments.run_frontiers(trained, {"graded pairs": options, "own samples": options | {"records": own}})
 
 
 def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
     """claim -> (value, low, high) over these seeds."""
     sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
-    frontiers = experiments.run_frontiers(
-        sfts,
-        {
-            "SFT": {"method": "sft"},
-            "DPO": {"method": "dpo", "betas": (0.05, *FEW["betas"])},  # the notebook's runs
-            "ODPO": {"method": "odpo", "betas": FEW["betas"]},
-            "alpha 1": STRONG,
-            "alpha 1, mean margin": STRONG | {"offset_scale": "mean"},
-            "SLiC-HF": {"method": "slic", **FEW},
-            "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, **FEW, "betas": (0.05, 0.3, 1.0)},
-        },
-    )
+    frontiers = experiments.run_frontiers(sfts, methods(preset, seeds))
     found = {}
+
+    def height(claim: str, one: str, other: str, **measure) -> None:
+        values = height_with_interval(frontiers[one], frontiers[other], **measure)
+        found[claim] = values["height"], values["low"], values["high"]
+
     for one, other in HEIGHTS:
-        height = height_with_interval(frontiers[one], frontiers[other])
-        found[f"{one} over {other}, score at equal KL"] = height["height"], height["low"], height["high"]
+        height(f"{one} over {other}, score at equal KL", one, other)
+    for name, ends in PARTS.items():
+        height(
+            f"ODPO over DPO, within {name}",
+            "ODPO",
+            "DPO",
+            measure=lambda points, other, ends=ends: height_between(points, other, within=ends),
+        )
     imitating = replace(preset, sft_all_responses=False)
-    best = experiments.run_all(experiments.run_sft, [{"preset": imitating, "seed": seed} for seed in seeds])
-    settings = [{"run": run, "reference": sft} for run, sft in zip(best, sfts, strict=True)]
+    trained = experiments.run_all(experiments.run_sft, [{"preset": imitating, "seed": seed} for seed in seeds])
+    settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts, strict=True)]
     stages = {("best", None): experiments.run_all(experiments.run_win_rate, settings)}
-    for name in ("SFT", "DPO"):
+    for name in ("SFT", "DPO", "ODPO"):
         for each in frontiers[name].stages:
-            stages.setdefault((each.run.method, each.run.beta), []).append(each)
+            stages.setdefault((name, each.run.beta), []).append(each)
+    for name, frontier in after_imitation(preset, trained).items():
+        for each in frontier.stages:
+            stages.setdefault((name, each.run.beta), []).append(each)
 
     def difference(claim: str, key: str, one: tuple, other: tuple) -> None:
         values = np.stack([a.column(key) - b.column(key) for a, b in zip(stages[one], stages[other], strict=True)])
         found[claim] = float(values.mean()), *bootstrap_interval(values)
 
-    sft = ("sft", None)
-    difference("SFT on the best over DPO at beta 0.3, score", "score", ("best", None), ("dpo", 0.3))
+    sft, best = ("SFT", None), ("best", None)
+    difference("SFT on the best over DPO at beta 0.3, score", "score", best, ("DPO", 0.3))
     for beta in (0.1, 0.3, 1.0):
-        difference(f"DPO at beta {beta:g} over SFT, score", "score", ("dpo", beta), sft)
-        difference(f"DPO at beta {beta:g} over SFT, SBERT win rate", "win", ("dpo", beta), sft)
+        difference(f"DPO at beta {beta:g} over SFT, score", "score", ("DPO", beta), sft)
+        difference(f"DPO at beta {beta:g} over SFT, SBERT win rate", "win", ("DPO", beta), sft)
     for beta in (0.05, 1.0):
-        difference(f"DPO at beta {beta:g} over SFT, share of correct answers", "correct", ("dpo", beta), sft)
-    difference("DPO at beta 0.05 over beta 1, KL", "kl", ("dpo", 0.05), ("dpo", 1.0))
-    difference("DPO at beta 0.05 over beta 1, score", "score", ("dpo", 0.05), ("dpo", 1.0))
+        difference(f"DPO at beta {beta:g} over SFT, share of correct answers", "correct", ("DPO", beta), sft)
+    difference("DPO at beta 0.05 over beta 1, KL", "kl", ("DPO", 0.05), ("DPO", 1.0))
+    for method in ("DPO", "ODPO"):
+        for low, high, key in ((0.05, 0.3, "score"), (0.05, 0.3, "win"), (0.3, 2.0, "correct"), (0.3, 2.0, "score")):
+            name = {"win": "SBERT win rate", "correct": "share of correct answers"}.get(key, key)
+            difference(f"{method} at beta {low:g} over beta {high:g}, {name}", key, (method, low), (method, high))
+    for name in ("graded pairs", "own samples"):
+        for beta in (0.3, 1.0, 5.0):
+            for key in ("score", "correct", "courteous"):
+                claim = f"after imitation, DPO on {name} at beta {beta:g} over imitation, {key}"
+                difference(claim, key, (name, beta), best)
     return found
 
 
@@ -88,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--published", nargs="+", type=int, default=[0, 1, 2], help="the notebooks' seeds")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14], help="the new ones")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[20, 21, 22, 23, 24], help="the new ones")
     options = parser.parse_args()
     preset = experiments.start(options.preset)
     old, new = (measured(preset, seeds) for seeds in (options.published, options.seeds))
