@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 from pdpo.files import replacing, write_csv, write_json
@@ -248,12 +249,16 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
         look = STYLES[style % len(STYLES)]
         errors = {"xerr": interval(mine, "kl"), "yerr": interval(mine, "score")}
         axes.errorbar(*columns(mine, "kl", "score"), **errors, elinewidth=0.7, capsize=2, label=method, **look)
-        beside = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": look["color"]}
+        place = {"xytext": (-5, 7), "ha": "right"} if style % 2 == 0 else {"xytext": (5, -11)}  # clear of the other line's
+        beside = {"textcoords": "offset points", "fontsize": 7, "color": look["color"], "zorder": 5, **place}
         for row in mine:
             label = row.get("label", "" if row["beta"] is None else f"{row['beta']:g}")
-            axes.annotate(label, (row["kl"], row["score"]), **beside)
+            axes.annotate(
+                label, (row["kl"], row["score"]), **beside, path_effects=[withStroke(linewidth=2, foreground="white")]
+            )
     axes.set(xlabel="KL(policy || reference) (nats a response)", ylabel=ylabel)
-    axes.set_title(f"{title}\n(numbers: beta; bars: 95 % intervals over seeds and prompts)")
+    numbers = "" if any("label" in row for row in rows) else "numbers: beta; "
+    axes.set_title(f"{title}\n({numbers}bars: 95 % intervals over seeds and prompts)")
     axes.legend()
     return figure, rows
 

@@ -10,6 +10,7 @@ with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 
 
 import argparse
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -86,12 +87,7 @@ def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
     for one, other in HEIGHTS:
         height(f"{one} over {other}, score at equal KL", one, other)
     for name, ends in PARTS.items():
-        height(
-            f"ODPO over DPO, within {name}",
-            "ODPO",
-            "DPO",
-            measure=lambda points, other, ends=ends: height_between(points, other, within=ends),
-        )
+        height(f"ODPO over DPO, within {name}", "ODPO", "DPO", measure=partial(height_between, within=ends))
     imitating = replace(preset, sft_all_responses=False)
     trained = experiments.run_all(experiments.run_sft, [{"preset": imitating, "seed": seed} for seed in seeds])
     settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts, strict=True)]
