@@ -90,7 +90,8 @@ def tilted(scores, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def p_value(estimate: float, draws) -> float:
     """Of "no difference", two sides: normal, with the standard deviation of the bootstrap's draws (M,) as standard error."""
-    return math.erfc(abs(estimate) / float(np.nanstd(draws)) / math.sqrt(2))
+    error = float(np.nanstd(draws))
+    return math.erfc(abs(estimate) / error / math.sqrt(2)) if error else float(estimate == 0)
 
 
 def holm(p_values) -> np.ndarray:

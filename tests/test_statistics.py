@@ -193,6 +193,12 @@ def test_the_height_between_frontiers_on_hand_made_points(one, other, height):
     assert height_between(other, one) == pytest.approx(-height, nan_ok=True)
 
 
+def test_a_frontier_does_not_differ_from_itself():
+    found = height_with_interval(flat([1, 2, 2], noise=2.0), flat([1, 2, 2], noise=2.0))
+    assert (found["height"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
+    assert p_value(0.5, [0.5, 0.5]) == 0
+
+
 def test_a_height_within_a_part_of_the_range_is_that_of_the_parts():
     one, other = ([0, 4], [0, 4]), ([0, 2, 4], [0, 0, 0])
     assert height_between(one, other) == 2 and height_between(one, other, within=(1.0, 2.0)) == 1.5
