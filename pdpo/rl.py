@@ -123,7 +123,7 @@ class Rollouts(NamedTuple):
     mask: Tensor  # (R, T) bool, True at the tokens of a response
     old: Tokens  # of the policy that drew them
     reference_logps: Tensor  # (R, T)
-    advantages: Tensor  # (R, T)
+    advantages: Tensor  # (R, T); RLOO's (R, 1)
     returns: Tensor  # (R, T): what the values should have been
 
 
@@ -138,12 +138,12 @@ def rollouts_of(
     mask = torch.arange(old.logps.shape[1], device=scores.device) < lengths  # (R, T)
     beta = config.beta if config.kl_in == "reward" else 0.0
     rewards = token_rewards(scores, old.logps - reference_tokens.logps, mask, beta=beta)
-    if config.method == "rloo":
-        advantages = rloo_advantages(rewards.sum(1).view(-1, config.num_samples)).view(-1, 1).expand_as(rewards)
+    if config.method == "rloo":  # a response is one action
+        advantages, actions = rloo_advantages(rewards.sum(1).view(-1, config.num_samples)).view(-1, 1), mask[:, :1]
     else:
-        advantages = gae(rewards, old.values, gamma=config.gamma, lam=config.lam)
+        advantages, actions = gae(rewards, old.values, gamma=config.gamma, lam=config.lam), mask
     returns = (advantages + old.values).masked_fill(~mask, 0.0)
-    advantages = whitened(advantages, mask) if config.whiten else advantages.masked_fill(~mask, 0.0)
+    advantages = whitened(advantages, actions) if config.whiten else advantages.masked_fill(~actions, 0.0)
     return Rollouts(sequences, mask, old, reference_tokens.logps, advantages, returns)
 
 
