@@ -189,7 +189,7 @@ def run_online(sft: Run, *, method: str, beta: float, reward: str | Sequence[Rew
 
     def build(folder: Path) -> None:
         tokenizer, policy, reference = sft.load_tokenizer(), sft.load_policy(), sft.load_policy()
-        score, prompts = _scorer(models, train_records), [record.prompt for record in validation][: preset.num_kl_prompts]
+        score, prompts = score_of(models, train_records), [record.prompt for record in validation][: preset.num_kl_prompts]
 
         def measure(policy) -> dict:
             samples, numbers = _sampled_kl(policy, reference, tokenizer, prompts, sft)
@@ -216,7 +216,7 @@ def run_online(sft: Run, *, method: str, beta: float, reward: str | Sequence[Rew
     return Run(path, preset, config, read_json(path / "history.json"), sft)
 
 
-def _scorer(models: Sequence[RewardModel], records: list[Preference]) -> Callable[[list[Sample]], torch.Tensor]:
+def score_of(models: Sequence[RewardModel], records: list[Preference]) -> Callable[[list[Sample]], torch.Tensor]:
     """Scores of samples, (N,), with mean 0 and standard deviation 1 on the records' responses; the smallest of several models'
     scores, and without any the toy's gold score."""
     known = [torch.tensor([score for each in model.scored(records) for score in each.scores]) for model in models]

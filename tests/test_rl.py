@@ -318,8 +318,8 @@ def test_scores_have_mean_0_and_deviation_1_on_the_training_responses_and_of_sev
         Sample(each.prompt, text, encode(tokenizer, each.prompt, text), True) for each in records for text in each.responses
     ]
     models = [experiments.run_oracle(sft), experiments.run_oracle(sft, seed=5)]
-    each = [experiments._scorer(part, records)(responses) for part in ((), models[:1], models[1:])]
+    each = [experiments.score_of(part, records)(responses) for part in ((), models[:1], models[1:])]
     for scores in each:
         assert abs(scores.mean()) < 1e-4 and scores.std() == pytest.approx(1, abs=1e-4)
     assert torch.corrcoef(torch.stack([each[0], torch.tensor([s for r in records for s in r.scores])]))[0, 1] > 0.9999
-    torch.testing.assert_close(experiments._scorer(models, records)(responses), torch.minimum(*each[1:]))
+    torch.testing.assert_close(experiments.score_of(models, records)(responses), torch.minimum(*each[1:]))
