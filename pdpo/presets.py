@@ -179,7 +179,7 @@ class Preset:
 
     sft: TrainConfig = field(default=TrainConfig("sft", 600, 64, 6e-3))
     preference: TrainConfig = field(default=TrainConfig("dpo", 100, 32, 2e-4, beta=0.1))
-    online: OnlineConfig = field(default=OnlineConfig("ppo", 40, 32, 1e-3, beta=0.1))
+    online: OnlineConfig = field(default=OnlineConfig("ppo", 40, 32, 3e-4, beta=0.1))
     sft_all_responses: bool = True  # False: demonstrations are the best response alone
     pairs_per_prompt: int | None = 2  # None: all pairs
     num_kl_prompts: int = 64  # prompts sampled for the KL at each measurement of a preference run
@@ -230,6 +230,7 @@ PRESETS = {
         Preset(
             "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
             sft=TrainConfig("sft", 200, 16, 2e-3), preference=TrainConfig("dpo", 60, 8, 2e-4, beta=0.1),
+            online=OnlineConfig("ppo", 20, 8, 3e-4, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=16, num_samples=1, num_judged=1, max_new_tokens=64, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
@@ -241,11 +242,12 @@ PRESETS = {
     # 0.1, batches of 8, 1 epoch, as DPO is "very prone to collapse"). There they are constant and a response's log-probability
     # is a mean over its tokens; here it is the sum, as in the paper, so that a beta is not the same strength, and the rates fall
     # to a tenth: 2 epochs then add up to 1.1 at the peak, 3 to 1.7. Measured here with pretrained weights: none of this yet,
-    # nor any other beta, ODPO's alpha, or SFT's batch of 16.
+    # nor any other beta, ODPO's alpha, SFT's batch of 16, or PPO and RLOO, which take DPO's rate.
     "gpt2-medium": with_config(
         Preset(
             "gpt2-medium", data="instructions", model="openai-community/gpt2-medium", context=1024,
             sft=TrainConfig("sft", 180, 16, 5e-5), preference=TrainConfig("dpo", 230, 8, 5e-6, beta=0.1),  # 3 and 2 epochs
+            online=OnlineConfig("ppo", 60, 16, 5e-6, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, num_judged=1, max_new_tokens=96, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
@@ -258,6 +260,7 @@ PRESETS = {
         Preset(
             "report", data="instructions", model="openai-community/gpt2-medium", context=1024,
             sft=TrainConfig("sft", 930, 10, 5e-5), preference=TrainConfig("dpo", 465, 10, 2e-6, beta=0.3),
+            online=OnlineConfig("ppo", 60, 16, 2e-6, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, num_judged=1, max_new_tokens=30, seeds=(0,),
             betas=(0.3, 0.7, 1.0), judge="sentence-transformers/all-mpnet-base-v2",
         ),
