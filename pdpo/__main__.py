@@ -37,6 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument(
         "--reward", **rewards, help="of ppo and rloo: a reward model, trained first (default), or the toy's own score"
     )
+    train.add_argument(
+        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, asked at the end; key: $OPENAI_API_KEY"
+    )
+    train.add_argument("--judge-model", metavar="NAME", default="default", help="of that endpoint")
+    train.add_argument("--judge-task", choices=["dialogue", "summary", "concise-summary"], default="dialogue")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument(
         "--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods) and report.html"

@@ -80,6 +80,13 @@ def train(options: argparse.Namespace) -> int:
         check_new_folder(options.out)
     if options.log and find_spec("tensorboard") is None:
         raise ValueError("train: --log tensorboard needs a package that is not installed. Install it: pip install tensorboard.")
+    judge = None
+    if options.judge_url:
+        from pdpo.llm_judge import LLMJudge  # before anything is trained: it may miss its package
+
+        judge = LLMJudge(
+            options.judge_url, options.judge_model, task=options.judge_task, cache=runs_dir() / "judge" / "llm.jsonl"
+        )
     preset = _preset(options)
     if options.reward == "toy-gold" and preset.data != "toy":
         raise ValueError(f"train: --reward toy-gold expected --data toy, whose answers it can score, got {preset.data}.")
@@ -106,6 +113,16 @@ def train(options: argparse.Namespace) -> int:
             print(f"{method}: saved in {experiments.copy_run(run, target)}")
     num_held_out = len(data.load_split(preset.data)[1])
     print(f"\n{summary(evaluations, num_held_out)}")
+    if judge and is_leader():
+        print(f"\n{judge.model}, each answer's first sample against the best response that was given:")
+    for each in evaluations if judge and is_leader() else ():
+        rows = each.rows[:: each.num_samples]
+        found = judge.compare(*([row[key] for row in rows] for key in ("prompt", "text", "chosen")))
+        wins = "{win:.3f} [{win_low:.3f}, {win_high:.3f}]".format(**with_interval("win", found.wins))
+        print(
+            f"{each.run.method:12} wins {wins}; of what it decided it named the first in {found.first:.2f}; "
+            f"{found.unreadable} of {2 * len(rows)} answers unreadable; {found.num_tokens} tokens"
+        )
     if options.out is not None and is_leader():
         from pdpo.report import report as page  # matplotlib, which training does not need
 
