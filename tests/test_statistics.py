@@ -110,6 +110,12 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n_samples(n):
     scores = np.array([[3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0, 7.0]])
     expected = [np.mean([max(each) for each in itertools.combinations(row, n)]) for row in scores.tolist()]
     assert best_of(scores, n) == pytest.approx(expected)
+    judge = np.array([[0.1, 0.9, 0.2, 0.8, 0.3], [5.0, 4.0, 3.0, 2.0, 1.0]])  # another one chooses, these scores are reported
+    chosen = [
+        [row[max(some, key=of.__getitem__)] for some in itertools.combinations(range(5), n)]
+        for row, of in zip(scores, judge, strict=True)
+    ]
+    assert best_of(scores, n, by=judge) == pytest.approx(np.mean(chosen, axis=1))
 
 
 def test_best_of_more_samples_than_there_are_is_refused():
