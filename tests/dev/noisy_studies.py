@@ -1,11 +1,11 @@
 """The studies of notebook 10 that take too long to be made whenever it runs; it draws and prints what this writes.
 
-    python tests/dev/noisy_studies.py claims wins steps      # into figures/PRESET
+    python tests/dev/noisy_studies.py claims wins steps sizes      # into figures/tiny
 
-claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). wins: DRDO's meetings with the others,
-for splits of the pairs (the paper's Table 1) and for three sizes of student at four temperatures (Table 2; study_wins.csv), and what
-each gains there (Fig. 3; study_advantage.csv). steps: what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps (Fig. 4b;
-study_steps.csv). An hour in all on two cores after the notebook; what was trained is kept.
+claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). wins: DRDO's meetings with the others
+for splits of the pairs (the paper's Table 1) and at four temperatures (Table 2; study_wins.csv), and what each gains there (Fig. 3;
+study_advantage.csv). steps: what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b;
+study_steps.csv). sizes: Table 2 for two other sizes of student (study_student_sizes.csv). What was trained is kept.
 """
 
 import argparse
@@ -47,7 +47,7 @@ METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 
     "imitation on sums": VARIANT | {"drdo_alpha": 1000.0, "drdo_gamma": 0.0},  # but for -log(1 - pi_l), which is small
     "means, alpha 1": VARIANT | {"drdo_alpha": 1.0, "mean_logps": True},
 }
-SIZES = {"half as wide": 32, "as in the notebook": 64, "twice as wide": 128}
+SIZES = {"half as wide": 32, "twice as wide": 128}
 
 family = {item.prompt: item.family for item in toy.items()}
 train_records, validation, test = load_split("toy")
@@ -98,7 +98,7 @@ class World:
             settings += [each | {"seed": each["sft"].seed + 10 * k, "num_evaluations": 1} for each in settings[: len(seeds)]]
         made = experiments.run_all(experiments.run_oracle, settings)
         self.oracles = [made[i :: len(seeds)] for i in range(len(seeds))]
-        self.scores = [np.array([scores_of(each, learnt) for each in of_seed]) for of_seed in self.oracles]  # (oracles, prompts, 4)
+        self.scores = [np.array([scores_of(each, learnt) for each in of_seed]) for of_seed in self.oracles]  # (K, prompts, 4)
 
     def trained(self, options: dict, *, only: int | None = None, **changes):
         """A run for each seed.
@@ -219,10 +219,9 @@ def _wins(ours: dict, theirs: dict, some=~is_out) -> dict:
 
 
 def wins(preset) -> dict[str, list[dict]]:
-    """study_wins: one row a meeting of DRDO: with whom, trained on which pairs, how large the student, at which temperature.
-    study_advantage: one row a method, size and temperature. e-DPO learns from the one oracle that DRDO learns from; the judge is that
-    of all pairs, and of the student's size."""
-    world, met, gained = World(preset, PUBLISHED, num_oracles=1), [], []
+    """Table 1 by the pairs that are trained on, and Table 2 and Fig. 3 for students of the notebook's size. e-DPO learns from the one
+    oracle that DRDO learns from; the judge is the oracle of all pairs."""
+    world, met = World(preset, PUBLISHED, num_oracles=1), []
     for split in ("all", "easy", "hard"):
         keep = None if split == "all" else halves(easy=split == "easy")
         of_split = World(preset, PUBLISHED, keep=keep, num_oracles=1)
@@ -233,26 +232,38 @@ def wins(preset) -> dict[str, list[dict]]:
                 place = {"student": "as in the notebook", "temperature": 1.0, "prompts": where, "other": other}
                 met.append(about | place | _wins(of["DRDO"], of[other], some))
                 print(met[-1], flush=True)
-    best = np.array([record.scores[0] for record in asked])[~is_out]  # gold; the oracle's scores are relative to it already
+    cold, gained = _by_temperature(world, "as in the notebook")
+    return {"study_wins": met + cold, "study_advantage": gained}
+
+
+def sizes(preset) -> dict[str, list[dict]]:
+    """Table 2 for two other sizes of student, each with an oracle of its size, which is its judge."""
+    met = []
     for student, width in SIZES.items():
-        of_size = World(replace(preset, embedding=width), PUBLISHED, num_oracles=1)
-        runs = {"SFT": of_size.sfts} | {name: of_size.trained(METHODS[name]) for name in ("DPO", "e-DPO", "DRDO")}
-        for temperature in (0.2, 0.5, 0.7, 0.9):
-            options = {"num_samples": 8, "temperature": temperature, "top_p": 0.8}
-            of = {name: of_size.judged(each, **options) for name, each in runs.items()}
-            about = {"student": student, "temperature": temperature}
-            for other in ("SFT", "DPO", "e-DPO"):
-                rest = {"pairs": "all", "num_pairs": len(pairs(learnt)), "prompts": "twelve families", "other": other}
-                met.append(about | rest | _wins(of["DRDO"], of[other]))
-                print(met[-1], flush=True)
-            for name in ("DPO", "e-DPO", "DRDO"):
-                row = about | {"method": name}
-                for judge in JUDGES:
-                    ours, sft = (of[each][judge].mean(2)[:, ~is_out] for each in (name, "SFT"))
-                    row |= with_interval(f"{judge}, over SFT", ours - sft)
-                    row |= with_interval(f"{judge}, over best", ours - (best if judge == "gold" else 0))
-                gained.append(row)
-    return {"study_wins": met, "study_advantage": gained}
+        met += _by_temperature(World(replace(preset, embedding=width), PUBLISHED, num_oracles=1), student)[0]
+    return {"study_student_sizes": met}
+
+
+def _by_temperature(world: World, student: str) -> tuple[list[dict], list[dict]]:
+    """A row for each of DRDO's meetings and temperatures; and, for each method, its gain over SFT and over the best given response."""
+    best = np.array([record.scores[0] for record in asked])[~is_out]  # gold; the oracle's scores are relative to it already
+    runs, met, gained = {"SFT": world.sfts}, [], []
+    runs |= {name: world.trained(METHODS[name]) for name in ("DPO", "e-DPO", "DRDO")}
+    for temperature in (0.2, 0.5, 0.7, 0.9):
+        of = {name: world.judged(each, num_samples=8, temperature=temperature, top_p=0.8) for name, each in runs.items()}
+        about = {"student": student, "temperature": temperature}
+        for other in ("SFT", "DPO", "e-DPO"):
+            rest = {"pairs": "all", "num_pairs": len(pairs(learnt)), "prompts": "twelve families", "other": other}
+            met.append(about | rest | _wins(of["DRDO"], of[other]))
+            print(met[-1], flush=True)
+        for name in ("DPO", "e-DPO", "DRDO"):
+            row = about | {"method": name}
+            for judge in JUDGES:
+                ours, sft = (of[each][judge].mean(2)[:, ~is_out] for each in (name, "SFT"))
+                row |= with_interval(f"{judge}, over SFT", ours - sft)
+                row |= with_interval(f"{judge}, over best", ours - (best if judge == "gold" else 0))
+            gained.append(row)
+    return met, gained
 
 
 def halves(*, easy: bool) -> list[np.ndarray]:
@@ -269,10 +280,10 @@ def halves(*, easy: bool) -> list[np.ndarray]:
 
 
 def steps(preset) -> dict[str, list[dict]]:
-    """One row a method and length of training (each a run of its own, with its own schedule): gain over SFT by both judges."""
+    """One row a method, all at the rate 2e-4, and length of training (a run of its own, with its own schedule): gain over SFT."""
     world, rows = World(preset, PUBLISHED), []
     base = world.judged(world.sfts)
-    for name in ("DPO", "e-DPO at 2e-4", "DRDO", "e-DPO"):
+    for name in ("DPO", "e-DPO at 2e-4", "DRDO"):
         for num_steps in (15, 30, 60):
             changes = {} if num_steps == METHODS[name]["steps"] else {"steps": num_steps, "num_evaluations": 1}
             of = world.judged(world.trained(METHODS[name], **changes))
@@ -284,7 +295,7 @@ def steps(preset) -> dict[str, list[dict]]:
     return {"study_steps": rows}
 
 
-STUDIES = {"claims": claims, "wins": wins, "steps": steps}
+STUDIES = {"claims": claims, "wins": wins, "steps": steps, "sizes": sizes}
 
 
 def main() -> None:
