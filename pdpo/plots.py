@@ -2,6 +2,7 @@
 
 What draws a whole figure takes its claim as the title and returns the figure and its rows, one dict a drawn point."""
 
+import csv
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -61,6 +62,26 @@ def figures_dir() -> Path:
 def committed_figures_dir() -> Path:
     """figures/ of the checkout, which git keeps and README shows; `python -m pdpo run --save` writes there."""
     return Path(__file__).resolve().parent.parent / "figures"
+
+
+def committed_rows(path: str, *, command: str) -> list[dict]:
+    """The rows of a table that a command too slow for a notebook wrote; where it has not been run, says so and gives none.
+
+    Args: path: without suffix, under `committed_figures_dir()`. command: what writes it.
+    Returns: One dict a row: what reads as a number is float, all else text."""
+    file = committed_figures_dir() / f"{path}.csv"
+    if not file.exists():
+        print(f"{path}.csv has not been made: {command}")
+        return []
+
+    def value(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with open(file, newline="", encoding="utf-8") as lines:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(lines)]
 
 
 def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:

@@ -104,3 +104,16 @@ def test_a_points_label_stands_beside_it_in_the_place_of_beta():
     ]
     figure, _ = plots.frontier_curves(rows, ylabel="score", title="a claim")
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.3", "N = 4", ""]
+
+
+def test_committed_rows_are_numbers_where_they_read_as_such_and_their_command_where_there_are_none(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(plots, "committed_figures_dir", lambda: tmp_path)
+    assert plots.committed_rows("tiny/study", command="make it") == []
+    assert capsys.readouterr().out == "tiny/study.csv has not been made: make it\n"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "study.csv").write_text("method,beta,score\nSFT,,-1e-3\nDPO,0.3,5\n")
+    rows = plots.committed_rows("tiny/study", command="make it")
+    assert rows == [{"method": "SFT", "beta": "", "score": -0.001}, {"method": "DPO", "beta": 0.3, "score": 5.0}]
+    assert capsys.readouterr().out == ""

@@ -10,8 +10,6 @@ temperatures: DPO's and ODPO's win rates for every beta and sampling temperature
 import argparse
 from dataclasses import replace
 
-import numpy as np
-
 from pdpo import experiments
 from pdpo.data import load_split, pairs
 from pdpo.files import replacing, write_csv
@@ -33,27 +31,27 @@ def on_validation(sft, **options):
 
 def methods() -> dict[str, dict]:
     """name -> what it asks of `run_preference`."""
-    return {"DPO": {"method": "dpo"}} | {f"ODPO, alpha {alpha:g}": {"method": "odpo", "alpha": alpha} for alpha in (0.5, 1.0)}
+    return {"DPO": {"method": "dpo"}} | {f"ODPO, alpha {alpha:g}": {"method": "odpo", "alpha": alpha} for alpha in (0.5,)}
 
 
 def grid(sfts) -> list[dict]:
-    """One row a method, rate and beta: KL and gold score on validation prompts, which of a method's rows is its best, and the
-    paired difference by which that one leads."""
+    """One row a method, rate and beta: KL and gold score on validation prompts, and which row is a method's best."""
     keys = [(name, lr, beta) for name in methods() for lr in RATES for beta in BETAS]
     settings = [
         {"sft": sft, "lr": lr, "beta": beta, "num_evaluations": 1, **methods()[name]} for name, lr, beta in keys for sft in sfts
     ]
     measured = iter(experiments.run_all(on_validation, settings))
-    stages = {key: [next(measured) for _ in sfts] for key in keys}
-    scores = {key: np.array([stage.column("score") for stage in of_key]) for key, of_key in stages.items()}
     rows = []
     for name, lr, beta in keys:
+        stages = [next(measured) for _ in sfts]
         row = {"method": name, "lr": lr, "beta": beta}
         for key in ("kl", "score"):
-            row |= with_interval(key, [stage.column(key) for stage in stages[name, lr, beta]])
-        best = max((key for key in keys if key[0] == name), key=lambda key: scores[key].mean())
-        row |= {"best": int(best == (name, lr, beta))} | with_interval("lead", scores[best] - scores[name, lr, beta])
+            row |= with_interval(key, [stage.column(key) for stage in stages])
         rows.append(row)
+    for row in rows:
+        row["best"] = int(
+            row is max((other for other in rows if other["method"] == row["method"]), key=lambda each: each["score"])
+        )
     return rows
 
 
@@ -79,7 +77,7 @@ def sizes(sfts) -> list[dict]:
     for (size, budget, method), frontier in frontiers.items():
         found = height_with_interval(frontiers[size, budget, "odpo"], frontiers[size, budget, "dpo"])
         about = {"pairs": size or smallest, "budget": budget, "steps": wanted[size, budget, method]["steps"]}
-        heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high", "kl_low", "kl_high")}
+        heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high")}
         rows += [about | row | heights for row in frontier_rows({method.upper(): frontier})]
     return rows
 
