@@ -1,11 +1,12 @@
 """The studies of notebook 10 that take too long to be made whenever it runs; it draws and prints what this writes.
 
-    python tests/dev/noisy_studies.py claims wins steps sizes      # into figures/tiny
+    python tests/dev/noisy_studies.py claims temperatures steps splits sizes      # into figures/tiny
 
-claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). wins: DRDO's meetings with the others
-for splits of the pairs (the paper's Table 1) and at four temperatures (Table 2; study_wins.csv), and what each gains there (Fig. 3;
-study_advantage.csv). steps: what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b;
-study_steps.csv). sizes: Table 2 for two other sizes of student (study_student_sizes.csv). What was trained is kept.
+claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). temperatures: DRDO's meetings with
+the others at four temperatures (the paper's Table 2; study_wins.csv), and what each gains there (Fig. 3; study_advantage.csv). steps:
+what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
+meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for two other sizes of student
+(study_student_sizes.csv). What was trained is kept.
 """
 
 import argparse
@@ -173,23 +174,33 @@ WARM = [  # at temperature 1; the first two are the paper's and this chapter's q
 
 def claims(preset) -> dict[str, list[dict]]:
     """One row a verdict: the paired difference over the notebook's seeds and over new ones, and what became of it."""
-    found = [_verdicts(World(preset, seeds)) for seeds in (PUBLISHED, NEW)]
+    old, new = _verdicts(World(preset, PUBLISHED)), _verdicts(World(preset, NEW), repeated=True)
     rows = []
-    for claim in found[0]:
-        shown = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*values[claim]) for values in found]
-        rows.append({"claim": claim, "published": shown[0], "repeated": shown[1], "status": status(*(v[claim] for v in found))})
-        print(f"{rows[-1]['status']:14} {claim:60} {shown[0]}   {shown[1]}", flush=True)
+    for claim, values in old.items():
+        row = {"claim": claim, "published": _shown(values), "repeated": "", "status": "not run on new seeds"}
+        if claim in new:
+            row |= {"repeated": _shown(new[claim]), "status": status(values, new[claim])}
+        rows.append(row)
+        print("  ".join(row.values()), flush=True)
     return {"10_claims": rows}
 
 
-def _verdicts(world: World) -> dict[str, tuple]:
-    runs = {name: world.trained(options) for name, options in METHODS.items()}
+def _shown(values: tuple) -> str:
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values)
+
+
+def _verdicts(world: World, *, repeated: bool = False) -> dict[str, tuple]:
+    """claim -> (value, low, high). repeated: without what is watched along the way and without the pessimistic e-DPO, to save time."""
+    few = {"num_evaluations": 1} if repeated else {}
+    runs = {name: world.trained(options, **few) for name, options in METHODS.items()}
     of_one = world.trained(EDPO | {"num_evaluations": 1}, only=0)
-    runs |= {"SFT": world.sfts, "e-DPO of one oracle": of_one, "e-DPO, pessimistic": pessimistic(world)}
+    runs |= {"SFT": world.sfts, "e-DPO of one oracle": of_one}
+    if not repeated:
+        runs["e-DPO, pessimistic"] = pessimistic(world)
     warm = {name: world.judged(of_name) for name, of_name in runs.items()}
     found = {}
     for one, other, judges in WARM:
-        for judge in judges:
+        for judge in judges if one in runs else ():
             found[f"{one} over {other}, {judge}"] = _difference(warm[one][judge], warm[other][judge], ~is_out)
             if judge in JUDGES and other in ("DPO", "e-DPO", "SFT"):
                 found[f"{one} over {other}, {judge}, left out"] = _difference(warm[one][judge], warm[other][judge], is_out)
@@ -209,7 +220,7 @@ def _difference(one, other, some) -> tuple[float, float, float]:
     return float(values.mean()), *bootstrap_interval(values)
 
 
-def _wins(ours: dict, theirs: dict, some=~is_out) -> dict:
+def _wins(ours: dict, theirs: dict, some) -> dict:
     """Columns gold, oracle: how often ours scores higher on the same noise; a tie counts a half."""
     row = {}
     for judge in JUDGES:
@@ -218,26 +229,30 @@ def _wins(ours: dict, theirs: dict, some=~is_out) -> dict:
     return row
 
 
-def wins(preset) -> dict[str, list[dict]]:
-    """Table 1 by the pairs that are trained on, and Table 2 and Fig. 3 for students of the notebook's size. e-DPO learns from the one
-    oracle that DRDO learns from; the judge is the oracle of all pairs."""
+def splits(preset) -> dict[str, list[dict]]:
+    """Table 1: DRDO's meetings by the half that is trained on. e-DPO learns from the one oracle that DRDO learns from, which has seen
+    this half alone; the judge is the oracle of all pairs."""
     world, met = World(preset, PUBLISHED, num_oracles=1), []
-    for split in ("all", "easy", "hard"):
-        keep = None if split == "all" else halves(easy=split == "easy")
-        of_split = World(preset, PUBLISHED, keep=keep, num_oracles=1)
-        of = {name: world.judged(of_split.trained(METHODS[name])) for name in ("DPO", "e-DPO", "DRDO")}
-        about = {"pairs": split, "num_pairs": round(np.mean([len(each) for each in of_split.records]))}
+    for split in ("easy", "hard"):
+        of_split = World(preset, PUBLISHED, keep=halves(easy=split == "easy"), num_oracles=1)
+        runs = {name: of_split.trained(METHODS[name], num_evaluations=1) for name in ("DPO", "e-DPO", "DRDO")}
+        of = {name: world.judged(of_name) for name, of_name in runs.items()}
         for other in ("DPO", "e-DPO"):
             for where, some in (("twelve families", ~is_out), ("two left out", is_out)):
-                place = {"student": "as in the notebook", "temperature": 1.0, "prompts": where, "other": other}
-                met.append(about | place | _wins(of["DRDO"], of[other], some))
+                about = {"pairs": split, "num_pairs": round(np.mean([len(each) for each in of_split.records]))}
+                met.append(about | {"prompts": where, "other": other} | _wins(of["DRDO"], of[other], some))
                 print(met[-1], flush=True)
-    cold, gained = _by_temperature(world, "as in the notebook")
-    return {"study_wins": met + cold, "study_advantage": gained}
+    return {"study_splits": met}
+
+
+def temperatures(preset) -> dict[str, list[dict]]:
+    """Table 2 and Fig. 3 for students of the notebook's size."""
+    met, gained = _by_temperature(World(preset, PUBLISHED), "as in the notebook")
+    return {"study_wins": met, "study_advantage": gained}
 
 
 def sizes(preset) -> dict[str, list[dict]]:
-    """Table 2 for two other sizes of student, each with an oracle of its size, which is its judge."""
+    """Table 2 for two other sizes of student, each with one oracle of its size for all, the judge, too."""
     met = []
     for student, width in SIZES.items():
         met += _by_temperature(World(replace(preset, embedding=width), PUBLISHED, num_oracles=1), student)[0]
@@ -253,8 +268,7 @@ def _by_temperature(world: World, student: str) -> tuple[list[dict], list[dict]]
         of = {name: world.judged(each, num_samples=8, temperature=temperature, top_p=0.8) for name, each in runs.items()}
         about = {"student": student, "temperature": temperature}
         for other in ("SFT", "DPO", "e-DPO"):
-            rest = {"pairs": "all", "num_pairs": len(pairs(learnt)), "prompts": "twelve families", "other": other}
-            met.append(about | rest | _wins(of["DRDO"], of[other]))
+            met.append(about | {"other": other} | _wins(of["DRDO"], of[other], ~is_out))
             print(met[-1], flush=True)
         for name in ("DPO", "e-DPO", "DRDO"):
             row = about | {"method": name}
@@ -295,7 +309,7 @@ def steps(preset) -> dict[str, list[dict]]:
     return {"study_steps": rows}
 
 
-STUDIES = {"claims": claims, "wins": wins, "steps": steps, "sizes": sizes}
+STUDIES = {"claims": claims, "temperatures": temperatures, "steps": steps, "splits": splits, "sizes": sizes}
 
 
 def main() -> None:
