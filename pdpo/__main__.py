@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pdpo.presets import METHODS, PRESETS
+from pdpo.presets import METHODS, ONLINE, PRESETS
 
 BETA = "KL strength; a larger beta keeps the policy closer to the reference"
 
@@ -27,12 +27,21 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument(
         "--save", action="store_true", help="write outputs into notebooks/ and figures into figures/ (for maintainers)"
     )
-    methods = {"nargs": "+", "choices": METHODS, "default": ["dpo"], "help": "default: dpo; SFT always comes first"}
+    methods = {"nargs": "+", "choices": (*METHODS, *ONLINE), "default": ["dpo"], "help": "default: dpo; SFT always comes first"}
     alpha = {"type": float, "help": "ODPO's strength; default: the preset's"}
     train = commands.add_parser("train", help="SFT, then preference training, on a preference file", parents=[_training()])
     train.add_argument("--method", **methods)
     train.add_argument("--alpha", **alpha)
     train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
+    rewards = {"choices": ["learned", "toy-gold"], "default": "learned"}
+    train.add_argument(
+        "--reward", **rewards, help="of ppo and rloo: a reward model, trained first (default), or the toy's own score"
+    )
+    train.add_argument(
+        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, asked at the end; key: $OPENAI_API_KEY"
+    )
+    train.add_argument("--judge-model", metavar="NAME", default="default", help="of that endpoint")
+    train.add_argument("--judge-task", choices=["dialogue", "summary", "concise-summary"], default="dialogue")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument(
         "--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods) and report.html"

@@ -17,7 +17,7 @@ from pdpo.distributed import is_leader, launched, process_group
 from pdpo.encoding import chat_template
 from pdpo.files import check_new_folder, check_writable, read_json, replacing, write_csv
 from pdpo.models import load_policy, load_tokenizer
-from pdpo.presets import Preset, betas_of, get_preset
+from pdpo.presets import ONLINE, Preset, betas_of, get_preset
 from pdpo.stages import runs_dir
 from pdpo.statistics import with_interval
 from pdpo.summary import summary
@@ -43,8 +43,9 @@ def _preset(options: argparse.Namespace) -> Preset:
     given = {key: value for key, value in vars(options).items() if value is not None}
     sft = replace(preset.sft, **({"steps": options.sft_steps} if "sft_steps" in given else {}))
     preference = replace(preset.preference, **{key: given[key] for key in ("steps", "lr", "alpha") if key in given})
+    online = replace(preset.online, **{key: given[key] for key in ("steps", "lr") if key in given})
     sources = {key: given[key] for key in ("data", "model", "tokenizer", "context") if key in given}
-    return replace(preset, sft=sft, preference=preference, **sources)
+    return replace(preset, sft=sft, preference=preference, online=online, **sources)
 
 
 def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[int]) -> list[data.Preference]:
@@ -52,7 +53,7 @@ def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[i
     records = data.load_preferences(preset.data)
     for method, seed in itertools.product(methods, seeds):
         for beta in betas_of(method, betas):
-            replace(preset.preference, method=method, beta=beta, seed=seed)
+            replace(preset.online if method in ONLINE else preset.preference, method=method, beta=beta, seed=seed)
     check_writable(runs_dir() / preset.name, num_bytes=_num_bytes(preset, len(methods) * len(betas) * len(seeds) + len(seeds)))
     experiments.start(preset)
     parts = data.load_split(preset.data)
@@ -79,7 +80,16 @@ def train(options: argparse.Namespace) -> int:
         check_new_folder(options.out)
     if options.log and find_spec("tensorboard") is None:
         raise ValueError("train: --log tensorboard needs a package that is not installed. Install it: pip install tensorboard.")
+    judge = None
+    if options.judge_url:
+        from pdpo.llm_judge import LLMJudge  # before anything is trained: it may miss its package
+
+        judge = LLMJudge(
+            options.judge_url, options.judge_model, task=options.judge_task, cache=runs_dir() / "judge" / "llm.jsonl"
+        )
     preset = _preset(options)
+    if options.reward == "toy-gold" and preset.data != "toy":
+        raise ValueError(f"train: --reward toy-gold expected --data toy, whose answers it can score, got {preset.data}.")
     records = _start(preset, options.method, [options.beta], [options.seed])
     sft = experiments.run_sft(preset, seed=options.seed)
     report = data.data_report(records, sft.load_tokenizer())
@@ -88,7 +98,8 @@ def train(options: argparse.Namespace) -> int:
     evaluations = []
     for method in dict.fromkeys(["sft", *options.method]):
         (beta,) = betas_of(method, [options.beta])
-        run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta)
+        reward = {"reward": options.reward} if method in ONLINE else {}
+        run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta, **reward)
         measured = [row for row in run.history if "eval_loss" in row]
         numbers = {key: (measured[0][key], measured[-1][key]) for key in measured[0] if key.startswith("eval_")}
         print(
@@ -102,6 +113,16 @@ def train(options: argparse.Namespace) -> int:
             print(f"{method}: saved in {experiments.copy_run(run, target)}")
     num_held_out = len(data.load_split(preset.data)[1])
     print(f"\n{summary(evaluations, num_held_out)}")
+    if judge and is_leader():
+        print(f"\n{judge.model}, each answer's first sample against the best response that was given:")
+    for each in evaluations if judge and is_leader() else ():
+        rows = each.rows[:: each.num_samples]
+        found = judge.compare(*([row[key] for row in rows] for key in ("prompt", "text", "chosen")))
+        wins = "{win:.3f} [{win_low:.3f}, {win_high:.3f}]".format(**with_interval("win", found.wins))
+        print(
+            f"{each.run.method:12} wins {wins}; of what it decided it named the first in {found.first:.2f}; "
+            f"{found.unreadable} of {2 * len(rows)} answers unreadable; {found.num_tokens} tokens"
+        )
     if options.out is not None and is_leader():
         from pdpo.report import report as page  # matplotlib, which training does not need
 

@@ -5,6 +5,7 @@ a language model can only sample, are exact here. Use float64.
 
 Log-probabilities of policies are (..., N) nats, one for each response, that sum to 1; scores are (..., N), higher is better."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -66,6 +67,29 @@ def implicit_scores(policy_logps: Tensor, reference_logps: Tensor, *, beta: floa
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 5."""
     _check("implicit_scores", policy_logps, reference_logps, beta=beta)
     return beta * (policy_logps - reference_logps)
+
+
+def best_of_n_logps(reference_logps: Tensor, scores: Tensor, *, n: int) -> Tensor:
+    r"""Log-probabilities of the policy that draws n responses from the reference and keeps the one with the highest score.
+
+    .. math:: \pi_n(y) = \frac{\pi_\text{ref}(y)}{\pi_\text{ref}(r = r(y))}
+              \Big( \pi_\text{ref}(r \le r(y))^n - \pi_\text{ref}(r < r(y))^n \Big)
+    Args: n: at least 1; 1 is the reference. Of responses with equal scores the first that was drawn is kept.
+    Returns: (N,) nats, normalised; -inf where float64 is exhausted. Its KL from the reference is at most `best_of_n_bound`."""
+    _check("best_of_n_logps", reference_logps, scores, normalised=[reference_logps])
+    if reference_logps.ndim != 1 or n < 1:
+        raise ValueError(f"best_of_n_logps: expected (N,) tensors and n >= 1, got {tuple(scores.shape)} and n {n}. One prompt.")
+    probabilities = reference_logps.exp()
+    orders = (scores < scores[:, None], scores == scores[:, None])
+    below, equal = (each.to(probabilities) @ probabilities for each in orders)  # (N,) each
+    return reference_logps + (((below + equal) ** n - below**n) / equal).log()
+
+
+def best_of_n_bound(n: int) -> float:
+    """log n - (n - 1) / n nats: what the KL of best-of-n from its reference is at most, whatever the scores.
+
+    Source: Beirami 2024, arXiv:2401.01879. It is near the KL where no single response has much probability, and far above where one has."""
+    return math.log(n) - (n - 1) / n
 
 
 def all_responses(num_symbols: int, length: int) -> Tensor:

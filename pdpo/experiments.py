@@ -10,7 +10,7 @@ beta: KL strength; a larger beta keeps the policy closer to the reference.
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from pdpo.encoding import chat_template, encode_records
 from pdpo.evaluation import fit_reward_head, last_hidden, sequence_kl, toy_grades, win_values
 from pdpo.files import read_json, read_sealed, shown, source_digest, write_json, write_sealed
 from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision, with_reward_head
-from pdpo.presets import Preset, TrainConfig, betas_of, get_preset
+from pdpo.presets import ONLINE, Preset, TrainConfig, betas_of, get_preset
 from pdpo.reach import SOURCES, code_version, read_sources
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
-from pdpo.sampling import sample
+from pdpo.rl import train_online
+from pdpo.sampling import Sample, sample
 from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
 from pdpo.statistics import Frontier
 from pdpo.training import Row, drawn_rows, preference_rows, train, with_reference_logps
@@ -105,13 +106,17 @@ def run_preference(
     Args:
         sft: where to start from.
         method: one of `presets.METHODS` but SFT. ODPO where the data has no scores, and e-DPO where any are missing, take those
-            of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs.
+            of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs. PPO and RLOO are `run_online`.
         beta: KL strength; a larger beta keeps the policy closer to the reference. None for DRDO, SimPO and ORPO, which have none.
         records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
         changes: other hyperparameters than those of the preset (`preset.preference`): fields of `TrainConfig`, such as
             alpha, steps or num_evaluations (held-out measurements take a third of a run's time).
     """
     preset = sft.preset
+    if method in ONLINE:
+        if records is not None:
+            raise ValueError(f"run_preference: expected records None for {method}, which learns from its own samples.")
+        return run_online(sft, method=method, beta=beta, **changes)
     config = replace(preset.preference, method=method, beta=beta, **{"seed": sft.seed} | changes)
     train_records, validation, _ = load_split(preset.data)
     ranked = method == "plackett_luce"
@@ -143,14 +148,8 @@ def run_preference(
             held_out = _with_cached_reference(sft, policy, held_out, range(len(held_out)))
 
         def measure(policy) -> dict:
-            samples = sample(
-                policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=sft.seed,
-                batch_size=preset.micro_batch_size, precision=preset.precision,
-            )  # fmt: skip
             # read from disk each time (tiny: 0.03 s), where it takes the room of the gradients, instead of kept in memory
-            reference = sft.load_policy()
-            kl = sequence_kl(policy, reference, samples, batch_size=preset.micro_batch_size, precision=preset.precision)
-            return {"eval_kl": float(kl.exact.mean()), "eval_token_kl": float(kl.exact.sum() / kl.num_tokens.sum())}
+            return _sampled_kl(policy, sft.load_policy(), tokenizer, prompts, sft)[1]
 
         _train(folder, preset, policy, tokenizer, rows, config, held_out=held_out, measure=measure)
 
@@ -166,6 +165,82 @@ def run_preference(
     name = f"{method}-seed{config.seed}" if beta is None else f"{method}-beta{beta:g}-seed{config.seed}"
     path, _ = run_stage(preset.name, name, determinants, build, together=True)
     return Run(path, preset, config, read_json(path / "history.json"), sft)
+
+
+def run_online(sft: Run, *, method: str, beta: float, reward: str | Sequence[RewardModel] = "learned", **changes) -> Run:
+    """PPO or RLOO from an SFT run, which is the reference, on the training prompts.
+
+    Args:
+        sft: where to start from.
+        method: "ppo" or "rloo".
+        beta: KL strength; a larger beta keeps the policy closer to the reference. In units of the score's standard deviation.
+        reward: "learned" trains `run_oracle`, a reward model over the whole network, first; "toy-gold" is the toy's own score; of
+            several reward models the smallest score counts. Each has mean 0 and standard deviation 1 on the training responses.
+        changes: other hyperparameters than those of `preset.online`: fields of `OnlineConfig`.
+    """
+    preset = sft.preset
+    config = replace(preset.online, method=method, beta=beta, **{"seed": sft.seed} | changes)
+    if isinstance(reward, str) and (reward not in ("learned", "toy-gold") or (reward == "toy-gold" and preset.data != "toy")):
+        raise ValueError(
+            f"run_online: expected reward 'learned', reward models, or on the toy 'toy-gold', got {reward!r} on {preset.data}."
+        )
+    train_records, validation, _ = load_split(preset.data)
+    models = (run_oracle(sft),) if reward == "learned" else () if reward == "toy-gold" else tuple(reward)
+
+    def build(folder: Path) -> None:
+        tokenizer, policy, reference = sft.load_tokenizer(), sft.load_policy(), sft.load_policy()
+        score, prompts = score_of(models, train_records), [record.prompt for record in validation][: preset.num_kl_prompts]
+
+        def measure(policy) -> dict:
+            samples, numbers = _sampled_kl(policy, reference, tokenizer, prompts, sft)
+            numbers["eval_score"] = float(score(samples).mean())
+            numbers["eval_loss"] = beta * numbers["eval_kl"] - numbers["eval_score"]  # minus what is maximised
+            return numbers | ({"eval_gold": float(toy_grades(samples)["score"].mean())} if preset.data == "toy" else {})
+
+        history = train_online(
+            policy, reference, tokenizer, [record.prompt for record in train_records], score, config,
+            max_new_tokens=preset.max_new_tokens, measure=measure,
+            checkpoint=folder / "checkpoint.pt", checkpoint_seconds=preset.checkpoint_seconds,
+        )  # fmt: skip
+        _save(folder, policy, tokenizer, history)
+
+    determinants = {
+        "train": asdict(config),
+        "reward": [model.path.name for model in models] or "toy-gold",
+        "sft": sft.path.name,
+        "data": fingerprint(train_records + validation),
+        "num_kl_prompts": preset.num_kl_prompts,
+        "max_new_tokens": preset.max_new_tokens,
+    }
+    path, _ = run_stage(preset.name, f"{method}-beta{beta:g}-seed{config.seed}", determinants, build)
+    return Run(path, preset, config, read_json(path / "history.json"), sft)
+
+
+def score_of(models: Sequence[RewardModel], records: list[Preference]) -> Callable[[list[Sample]], torch.Tensor]:
+    """Scores of samples, (N,), with mean 0 and standard deviation 1 on the records' responses; the smallest of several models'
+    scores, and without any the toy's gold score."""
+    known = [torch.tensor([score for each in model.scored(records) for score in each.scores]) for model in models]
+    raw = [model.scorer() for model in models]
+    if not models:
+        known = [torch.tensor([score for each in records for score in each.scores])]
+        raw = [lambda samples: torch.from_numpy(toy_grades(samples)["score"])]
+
+    def score(samples: list[Sample]) -> torch.Tensor:
+        scores = [(of(samples) - on.mean()) / on.std() for of, on in zip(raw, known, strict=True)]
+        return torch.stack(scores).min(0).values
+
+    return score
+
+
+def _sampled_kl(policy, reference, tokenizer, prompts: list[str], sft: Run) -> tuple[list[Sample], dict[str, float]]:
+    """Samples to held-out prompts, and their KL from the reference."""
+    preset = sft.preset
+    samples = sample(
+        policy, tokenizer, prompts, temperature=1.0, max_new_tokens=preset.max_new_tokens, seed=sft.seed,
+        batch_size=preset.micro_batch_size, precision=preset.precision,
+    )  # fmt: skip
+    kl = sequence_kl(policy, reference, samples, batch_size=preset.micro_batch_size, precision=preset.precision)
+    return samples, {"eval_kl": float(kl.exact.mean()), "eval_token_kl": float(kl.exact.sum() / kl.num_tokens.sum())}
 
 
 def run_reward_model(sft: Run) -> RewardModel:
@@ -415,9 +490,13 @@ def _train(folder: Path, preset: Preset, policy, tokenizer, rows, config: TrainC
         policy, rows, config, held_out=held_out, measure=measure,
         checkpoint=folder / "checkpoint.pt", checkpoint_seconds=preset.checkpoint_seconds,
     )  # fmt: skip
-    if not is_leader():
-        return
+    if is_leader():
+        _save(folder, policy, tokenizer, history)
+
+
+def _save(folder: Path, policy, tokenizer, history: list[dict]) -> None:
     head = policy._parameters.pop("reward_head", None)  # the folder stays that of a plain causal language model
+    policy._parameters.pop("value_head", None)  # which nothing after the training needs
     policy.save_pretrained(folder / "policy")
     if head is not None:
         write_json(folder / "policy" / "reward_head.json", {"weights": head.tolist()})

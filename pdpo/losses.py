@@ -309,6 +309,24 @@ def slic_loss(
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
+def unlikelihood_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, *, weight: float) -> PairLoss:
+    r"""Two of DPO's baselines: raise the chosen response, and lower the rejected one by a weight; at weight 0 it is preferred-FT.
+
+    .. math:: \mathcal{L} = -\log \pi_\theta(y_w|x) + \alpha \log \pi_\theta(y_l|x)
+    Args: policy_chosen_logps, policy_rejected_logps: (B,) nats; sums over each response; carry the gradient.
+          weight: alpha, in [0, 1]; with any above 0 the loss has no lower bound: it is trained for so long and no longer.
+    Returns: PairLoss whose rewards are the log-probabilities: there is no reference.
+    Source: Rafailov 2023, arXiv:2305.18290, Section 6. Differs from Welleck 2019, arXiv:1908.04319, which it cites: there it is
+        -log(1 - pi) of single tokens, which is bounded."""
+    _check_pairs("unlikelihood_loss", policy_chosen_logps, policy_rejected_logps)
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            f"unlikelihood_loss: expected weight in [0, 1], got {weight}. 0 is fine-tuning on the chosen responses."
+        )
+    losses = -policy_chosen_logps + weight * policy_rejected_logps
+    return PairLoss(losses, policy_chosen_logps.detach(), policy_rejected_logps.detach())
+
+
 def ppo_loss(policy_logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
     r"""PPO's clipped surrogate, negated: no gain from moving a probability further than the clip in the good direction.
 

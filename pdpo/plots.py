@@ -327,15 +327,11 @@ def signature(rows: list[dict], *, dark: bool = False) -> Figure:
             )
         say = {"fontsize": 12, "va": "center"}
         best = max(of["ODPO"], key=lambda row: row["score"])
-        last, other = of["ODPO"][0], of["DPO"][0]
-        axes.text(last["kl_high"] + 0.1, last["score"] + 0.2, "ODPO", color=ink["ODPO"], weight="bold", **say)
-        axes.text(last["kl_high"] + 0.1, other["score"] - 0.2, "DPO", color=ink["DPO"], weight="bold", **say)
-        axes.text(
-            last["kl_high"] + 0.75,
-            (last["score"] + other["score"]) / 2,
-            f"below beta {best['beta']:g}: further, not higher",
-            **say,
-        )
+        for method, up in (("ODPO", 0.3), ("DPO", -0.35)):  # beside the line that leads away from its highest point
+            top, next_one = sorted(of[method], key=lambda row: row["kl"])[-3:-1]
+            where = ((top[key] + next_one[key]) / 2 for key in ("kl", "score"))
+            axes.text(next(where), next(where) + up, method, color=ink[method], weight="bold", ha="center", **say)
+        axes.text(best["kl"] + 1.2, best["score"] + 0.45, f"below beta {best['beta']:g}: further, not higher", **say)
         axes.text(
             0.12, of["SFT"][0]["score"] - 0.22, "SFT, where they start: it imitates good and bad alike", color=ink["SFT"], **say
         )

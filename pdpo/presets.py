@@ -9,9 +9,11 @@ from pdpo.reach import in_key
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEFAULT_JUDGE = "sentence-transformers/all-MiniLM-L6-v2"
+ONLINE = ("ppo", "rloo")  # what learns from scores of the policy's own samples; an `OnlineConfig` each
 METHODS = ("sft", "dpo", "odpo", "ipo", "edpo", "drdo", "simpo", "orpo", "kto", "slic", "plackett_luce")
+METHODS += ("unlikelihood", "preferred-ft")
 WITH_HEAD = ("drdo", "oracle")  # what trains a reward head beside the policy; the oracle is what DRDO learns from
-WITHOUT_REFERENCE = ("sft", "simpo", "orpo", *WITH_HEAD)  # and so without beta
+WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "unlikelihood", "preferred-ft", *WITH_HEAD)  # and so without beta
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class TrainConfig:
 
     Attributes:
         method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "ipo", "edpo" and "drdo" (rows carry differences of scores),
-            "simpo", "orpo", "kto", "slic", "plackett_luce", or "oracle", DRDO's first stage.
+            "simpo", "orpo", "kto", "slic", "plackett_luce", "unlikelihood", "preferred-ft" (SFT on the chosen responses), "oracle"
+            (a reward model over the whole network, and DRDO's first stage), or, in an `OnlineConfig`, "ppo" and "rloo".
         steps: optimizer steps.
         batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
         lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
@@ -28,7 +31,7 @@ class TrainConfig:
         alpha, offset_scale: ODPO's, see `score_offset`. Scale "mean" is a control: every pair has the mean of the "log"
             offsets, whatever its own scores.
         label_smoothing: see `dpo_loss`.
-        drdo_alpha, drdo_gamma, simpo_scale, simpo_offset, orpo_weight: see `drdo_loss`, `simpo_loss` and `orpo_loss`.
+        drdo_alpha, drdo_gamma, simpo_scale, simpo_offset, orpo_weight, unlikelihood_weight: see the loss of that name.
         mean_logps: IPO and DRDO on log-probabilities per token instead of sums.
         optimizer: "adam" (AdamW) or "sgd" (without momentum).
         max_grad_norm: gradients are scaled down to this norm.
@@ -51,6 +54,7 @@ class TrainConfig:
     simpo_scale: float = 2.0
     simpo_offset: float = 1.0
     orpo_weight: float = 0.1
+    unlikelihood_weight: float = 0.5
     mean_logps: bool = False
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -62,8 +66,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.method not in (*METHODS, "oracle"):
-            raise ValueError(f"TrainConfig: expected method in {METHODS}, got {self.method!r}.")
+        methods = ONLINE if isinstance(self, OnlineConfig) else (*METHODS, "oracle")
+        if self.method not in methods:
+            raise ValueError(f"{type(self).__name__}: expected method in {methods}, got {self.method!r}.")
         if self.method not in WITHOUT_REFERENCE and not 0 < (self.beta or 0) < float("inf"):
             raise ValueError(
                 f"TrainConfig: expected finite beta > 0 for {self.method}, got {self.beta}. "
@@ -103,6 +108,56 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: expected a seed from 0 to 2**31 - 1, got {short(self.seed)}.")
 
 
+@dataclass(frozen=True)
+class OnlineConfig(TrainConfig):
+    """What PPO and RLOO have beside that: here the details that matter are switched. Scores have a standard deviation of 1.
+
+    Attributes:
+        batch_size: prompts a step; num_samples: responses sampled for each of them.
+        num_epochs, num_parts: how often each step goes through its samples, and in how many parts, an optimizer step each.
+        clip, value_clip: see `ppo_loss` and `value_loss`; value_clip None clips no values.
+        value_weight, entropy_weight: of the value loss, and of the entropy, beside the policy's loss.
+        gamma, lam: see `gae`.
+        whiten: advantages get mean 0 and standard deviation 1 in each step.
+        kl_in: "reward": each token's reward is -beta times its log-ratio, the last one's also the score; "loss": beta times an
+            estimate of the KL (Schulman's k3) is added to the loss, and the reward is the score alone.
+        no_eos_penalty: what is taken off the score of a response that did not end.
+    """
+
+    num_samples: int = 4
+    num_epochs: int = 2
+    num_parts: int = 2
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_weight: float = 0.1
+    entropy_weight: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    kl_in: str = "reward"
+    no_eos_penalty: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_in not in ("reward", "loss"):
+            raise ValueError(f"OnlineConfig: expected kl_in 'reward' or 'loss', got {self.kl_in!r}.")
+        least = 1 if self.method == "ppo" else 2
+        if self.num_samples < least or self.num_epochs < 1 or not 1 <= self.num_parts <= self.batch_size:
+            raise ValueError(
+                f"OnlineConfig: expected num_samples >= {least} for {self.method}, num_epochs >= 1 and num_parts from 1 to batch_size, got "
+                f"{self.num_samples}, {self.num_epochs} and {self.num_parts}. RLOO compares a prompt's samples with one another."
+            )
+        if not (
+            self.clip > 0 and (self.value_clip is None or self.value_clip > 0) and 0 <= self.gamma <= 1 and 0 <= self.lam <= 1
+        ):
+            raise ValueError(
+                "OnlineConfig: expected clip > 0, value_clip > 0 or None, gamma and lam in [0, 1], got "
+                f"{self.clip}, {self.value_clip}, {self.gamma} and {self.lam}."
+            )
+        if not min(self.value_weight, self.entropy_weight, self.no_eos_penalty) >= 0:
+            raise ValueError("OnlineConfig: expected value_weight, entropy_weight and no_eos_penalty >= 0, got one below.")
+
+
 def betas_of(method: str, betas) -> tuple[float | None, ...]:
     """The betas to try; of a method without a reference, None alone."""
     return (None,) if method in WITHOUT_REFERENCE else tuple(betas)
@@ -124,6 +179,7 @@ class Preset:
 
     sft: TrainConfig = field(default=TrainConfig("sft", 600, 64, 6e-3))
     preference: TrainConfig = field(default=TrainConfig("dpo", 100, 32, 2e-4, beta=0.1))
+    online: OnlineConfig = field(default=OnlineConfig("ppo", 40, 32, 3e-4, beta=0.1))
     sft_all_responses: bool = True  # False: demonstrations are the best response alone
     pairs_per_prompt: int | None = 2  # None: all pairs
     num_kl_prompts: int = 64  # prompts sampled for the KL at each measurement of a preference run
@@ -162,8 +218,8 @@ class Preset:
 
 
 def with_config(preset: Preset, **changes) -> Preset:
-    """The preset with these fields changed in both of its `TrainConfig`s."""
-    return replace(preset, sft=replace(preset.sft, **changes), preference=replace(preset.preference, **changes))
+    """The preset with these fields changed in all of its `TrainConfig`s."""
+    return replace(preset, **{name: replace(getattr(preset, name), **changes) for name in ("sft", "preference", "online")})
 
 
 PRESETS = {
@@ -174,6 +230,7 @@ PRESETS = {
         Preset(
             "small", data="instructions", vocab_size=4000, embedding=128, layers=2, heads=4, context=512,
             sft=TrainConfig("sft", 200, 16, 2e-3), preference=TrainConfig("dpo", 60, 8, 2e-4, beta=0.1),
+            online=OnlineConfig("ppo", 20, 8, 3e-4, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=16, num_samples=1, num_judged=1, max_new_tokens=64, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
@@ -185,11 +242,12 @@ PRESETS = {
     # 0.1, batches of 8, 1 epoch, as DPO is "very prone to collapse"). There they are constant and a response's log-probability
     # is a mean over its tokens; here it is the sum, as in the paper, so that a beta is not the same strength, and the rates fall
     # to a tenth: 2 epochs then add up to 1.1 at the peak, 3 to 1.7. Measured here with pretrained weights: none of this yet,
-    # nor any other beta, ODPO's alpha, or SFT's batch of 16.
+    # nor any other beta, ODPO's alpha, SFT's batch of 16, or PPO and RLOO, which take DPO's rate.
     "gpt2-medium": with_config(
         Preset(
             "gpt2-medium", data="instructions", model="openai-community/gpt2-medium", context=1024,
             sft=TrainConfig("sft", 180, 16, 5e-5), preference=TrainConfig("dpo", 230, 8, 5e-6, beta=0.1),  # 3 and 2 epochs
+            online=OnlineConfig("ppo", 60, 16, 5e-6, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, num_judged=1, max_new_tokens=96, seeds=(0,),
             betas=(0.1, 0.3, 0.7, 1.0),
         ),
@@ -202,6 +260,7 @@ PRESETS = {
         Preset(
             "report", data="instructions", model="openai-community/gpt2-medium", context=1024,
             sft=TrainConfig("sft", 930, 10, 5e-5), preference=TrainConfig("dpo", 465, 10, 2e-6, beta=0.3),
+            online=OnlineConfig("ppo", 60, 16, 2e-6, beta=0.1),
             sft_all_responses=False, pairs_per_prompt=None, num_kl_prompts=32, num_samples=1, num_judged=1, max_new_tokens=30, seeds=(0,),
             betas=(0.3, 0.7, 1.0), judge="sentence-transformers/all-mpnet-base-v2",
         ),

@@ -82,7 +82,8 @@ def report(measured: list[Evaluation], data: dict, num_held_out: int) -> str:
     images = (base64.b64encode(plots.png(figure)).decode() for figure, _ in figures)
     info = run_info(runs[0].preset, [*runs, *measured])
     settings, prompts = [asdict(run.train) for run in runs], side_by_side(measured)
-    of_method = [["", *(run.method for run in runs)], *([key, *(each[key] for each in settings)] for key in settings[0])]
+    keys = dict.fromkeys(itertools.chain.from_iterable(settings))
+    of_method = [["", *(run.method for run in runs)], *([key, *(each.get(key, "") for each in settings)] for key in keys)]
     parts = {
         "What came of it": _table(table(measured)) + _paragraphs([note(measured, num_held_out)]),
         "What to know before believing it": _paragraphs(warnings(measured) or ["Nothing that the program looks for."]),

@@ -1,6 +1,7 @@
 """What stages give: a training run, an evaluation, a reward model; where each lies, and what it was made with."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pdpo.evaluation import response_scores
 from pdpo.files import check_new_folder, read_json, replacing, shown
 from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import WITH_HEAD, Preset, TrainConfig
+from pdpo.sampling import Sample
 from pdpo.stages import check_large_files
 from pdpo.statistics import calibration
 
@@ -180,6 +182,14 @@ class RewardModel:
             f"a reward model fitted to {self.num_pairs} training pairs; it ranks {np.mean(self.held_out > 0.5):.3f} of "
             f"{len(self.held_out)} held-out pairs right, with an expected calibration error of {calibration(self.held_out)[1]:.3f}"
         )
+
+    def scorer(self) -> Callable[[list[Sample]], torch.Tensor]:
+        """A function of samples that gives their scores, (N,) in nats, by a network that is loaded once."""
+        policy, preset = self.sft.load_policy(), self.sft.preset
+        options = {"batch_size": preset.micro_batch_size, "precision": preset.precision}
+        return lambda samples: torch.tensor(
+            response_scores(policy, [[each.encoded] for each in samples], self.weights, **options)
+        )[:, 0]
 
     def scored(self, records: list[Preference]) -> list[Preference]:
         """The records with its scores, in nats: a difference is the log-odds that it gives to that order."""

@@ -62,9 +62,11 @@ def variance_components(values) -> dict[str, float]:
     }
 
 
-def best_of(scores, n: int) -> np.ndarray:
-    """(..., K) scores of K samples -> (...): the expected best of n of them, drawn without replacement. Unbiased for best-of-n."""
-    scores = np.sort(np.asarray(scores, dtype=float), axis=-1)
+def best_of(scores, n: int, *, by=None) -> np.ndarray:
+    """(..., K) scores of K samples -> (...): the expected score of the best of n of them, drawn without replacement, by the scores
+    themselves or, where `by` (..., K) is given, by those of another judge. Unbiased for best-of-n."""
+    scores = np.asarray(scores, dtype=float)
+    scores = np.take_along_axis(scores, np.argsort(scores if by is None else by, axis=-1), axis=-1)
     num_samples = scores.shape[-1]
     if not 1 <= n <= num_samples:
         raise ValueError(f"best_of: expected n from 1 to the {num_samples} samples, got {n}. Draw more samples.")
@@ -90,7 +92,8 @@ def tilted(scores, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def p_value(estimate: float, draws) -> float:
     """Of "no difference", two sides: normal, with the standard deviation of the bootstrap's draws (M,) as standard error."""
-    return math.erfc(abs(estimate) / float(np.nanstd(draws)) / math.sqrt(2))
+    error = float(np.nanstd(draws))
+    return math.erfc(abs(estimate) / error / math.sqrt(2)) if error else float(estimate == 0)
 
 
 def holm(p_values) -> np.ndarray:

@@ -31,6 +31,7 @@ from pdpo.losses import (
     sft_loss,
     simpo_loss,
     slic_loss,
+    unlikelihood_loss,
 )
 from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
 from pdpo.progress import progress
@@ -179,6 +180,9 @@ def row_losses(
     elif config.method == "simpo":
         strength = {"scale": config.simpo_scale, "offset": config.simpo_offset}
         losses, chosen, rejected = simpo_loss(*logps.unbind(1), **strength)
+    elif config.method in ("unlikelihood", "preferred-ft"):
+        weight = config.unlikelihood_weight if config.method == "unlikelihood" else 0.0
+        losses, chosen, rejected = unlikelihood_loss(*logps.unbind(1), weight=weight)
     elif config.method == "orpo":
         losses, chosen, rejected = orpo_loss(*logps.unbind(1), weight=config.orpo_weight)
     elif config.method == "plackett_luce":

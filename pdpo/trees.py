@@ -5,6 +5,7 @@ ancestors alone: a token sees exactly what it would see in its own sequence, and
 (`training.policy_logps`) but for rounding. What it saves grows with what is shared: much for long prompts with short
 responses, little for the reverse. No token is padding, and only positions that predict a scored token meet the vocabulary."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,12 +62,26 @@ def ancestor_mask(ends: Tensor) -> Tensor:
     return (node[:, None] >= node) & (node[:, None] < ends)
 
 
+def next_token_logps(logits: Tensor, hidden: Tensor, heads: Tensor, tokens: Tensor) -> Tensor:
+    """(E, 1) nats: the log-probability of each token where it is predicted."""
+    return logits.log_softmax(-1)[heads, tokens][:, None]
+
+
 def tree_logps(policy, sequences: list[Encoded], *, max_tokens: int | None = None) -> Tensor:
     """(R,) float32 nats: the log-probability of every response, as `sequence_logps` gives it, with the gradient.
 
     Args: policy, sequences: a model that `supports_trees`; R encoded responses in any order; equal ones cost nothing.
           max_tokens: of one tree; where there are more, further trees are run one after another. None is four times the
               policy's width, at which attention, which grows with the square, takes up to two fifths of the work."""
+    return tree_tokens(policy, sequences, max_tokens=max_tokens)[..., 0].sum(1)  # (R,)
+
+
+def tree_tokens(
+    policy, sequences: list[Encoded], *, measure: Callable = next_token_logps, max_tokens: int | None = None
+) -> Tensor:
+    """(R, L, C) what `measure` finds at each token of each response, 0 past its end; as `tree_logps`, but not summed.
+
+    Args: measure: of (P, V) float32 logits, (P, D) last hidden states, (E,) indices into both and (E,) tokens makes (E, C)."""
     empty = [i for i, (ids, num_prompt) in enumerate(sequences) if not 0 < num_prompt < len(ids)]
     if empty:
         raise ValueError(f"tree_logps: sequences {empty} need at least one prompt token and one response token to score.")
@@ -74,8 +89,10 @@ def tree_logps(policy, sequences: list[Encoded], *, max_tokens: int | None = Non
     device = next(policy.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].input_ids)
     trees = map(build_tree, _parts([sequences[i] for i in order], max_tokens))
-    logps = [_one_tree(policy, Tree(*(each.to(device, non_blocking=True) for each in tree))) for tree in trees]
-    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]  # (R,)
+    found = [_one_tree(policy, Tree(*(each.to(device, non_blocking=True) for each in tree)), measure) for tree in trees]
+    longest = max(each.shape[1] for each in found)
+    found = [torch.nn.functional.pad(each, (0, 0, 0, longest - each.shape[1])) for each in found]
+    return torch.cat(found)[torch.tensor(order, device=device).argsort()]
 
 
 def _parts(ordered: list[Encoded], max_tokens: int) -> list[list[Encoded]]:
@@ -92,19 +109,19 @@ def _parts(ordered: list[Encoded], max_tokens: int) -> list[list[Encoded]]:
     return parts
 
 
-def _one_tree(policy, tree: Tree) -> Tensor:
+def _one_tree(policy, tree: Tree, measure: Callable) -> Tensor:
     mask = ancestor_mask(tree.ends)[None, None]  # (1, 1, N, N): a mask of four dimensions is taken as it is
     if policy.config._attn_implementation == "eager":  # adds its mask; SDPA takes booleans
         dtype = torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else policy.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     # never position ids without a mask: transformers would take the resets for packed documents and hide the prompt
-    logits = policy(
+    output = policy(
         input_ids=tree.input_ids, attention_mask=mask, position_ids=tree.position_ids, logits_to_keep=tree.heads,
-        use_cache=False,
-    ).logits[0]  # (P, V)  # fmt: skip
-    log_probs = logits.float().log_softmax(-1)  # (P, V)
-    edge_logps = log_probs[tree.edge_heads, tree.edge_tokens]  # (E,)
-    return torch.cat([edge_logps, edge_logps.new_zeros(1)])[tree.paths].sum(1)  # (R,)
+        use_cache=False, output_hidden_states=measure is not next_token_logps,
+    )  # fmt: skip
+    hidden = output.hidden_states[-1][0, tree.heads] if output.hidden_states else None  # (P, D)
+    edges = measure(output.logits[0].float(), hidden, tree.edge_heads, tree.edge_tokens)  # (E, C)
+    return torch.cat([edges, edges.new_zeros(1, edges.shape[1])])[tree.paths]  # (R, L, C)
 
 
 @torch.no_grad()

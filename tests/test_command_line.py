@@ -164,6 +164,31 @@ def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_poli
     assert all(f"<th>{name}</th>" in page for name in ("chosen", "sft", *methods))
 
 
+def test_train_runs_what_dpo_replaces_with_a_reward_model_that_is_trained_first_or_with_the_gold_score(
+    quick, trained, tmp_path, monkeypatch, capsys
+):
+    parts = load_split("toy")
+    monkeypatch.setattr(experiments, "load_split", lambda name: tuple(part[::12] for part in parts))
+    monkeypatch.setattr("pdpo.data.load_split", experiments.load_split)
+    monkeypatch.setitem(PRESETS, "tiny", replace(quick, data="toy"))
+    methods = ["ppo", "rloo", "unlikelihood", "preferred-ft"]
+    options = ["train", "--preset", "tiny", "--method", *methods, "--steps", "2"]
+    assert main([*options, "--reward", "toy-gold", "--out", str(tmp_path / "gold")]) == 0
+    assert trained == ["sft", "unlikelihood", "preferred-ft"]
+    printed, page = capsys.readouterr().out, (tmp_path / "gold" / "report.html").read_text(encoding="utf-8")
+    for method in methods:
+        assert f"{method}: held out, before -> after: " in printed and f"\n{method} " in printed
+        AutoModelForCausalLM.from_pretrained(tmp_path / "gold" / method)
+    assert "<td>num_samples</td><td></td><td>4</td>" in page and ", gold " in printed
+    assert main(options[:4] + ["ppo", "--steps", "2"]) == 0
+    assert trained[3:] == ["oracle"]  # the same SFT policy; its score is another one, and so another stage is made
+    mine = tmp_path / "mine.json"
+    mine.write_text("[]")
+    assert "--reward toy-gold expected --data toy" in refusal(
+        capsys, "train", "--data", str(mine), "--method", "ppo", "--reward", "toy-gold"
+    )
+
+
 def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", quick)
     options = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "drdo", "--beta", "0.1", "0.3", "--seeds", "0", "1"]

@@ -13,6 +13,8 @@ from pdpo.exact import (
     SharedWeightPolicy,
     TabularPolicy,
     all_responses,
+    best_of_n_bound,
+    best_of_n_logps,
     implicit_scores,
     kl_divergence,
     log_partition,
@@ -196,6 +198,31 @@ def test_population_ipo_regresses_the_log_ratio_on_the_win_probability():
     assert kl_divergence(policy().detach(), optimal_policy_logps(lab.reference_logps, wins, beta=beta)) < 1e-8
 
 
+# best of n
+
+
+def test_the_best_of_n_has_the_frequencies_of_the_experiment_and_of_a_slow_sum_with_ties_in_the_reference_s_proportion():
+    reference, scores = torch.tensor([0.4, 0.1, 0.3, 0.2]).double().log(), torch.tensor([1.0, 2.0, 1.0, 0.0]).double()
+    assert best_of_n_logps(reference, scores, n=1).tolist() == pytest.approx(reference.tolist())
+    found = best_of_n_logps(reference, scores, n=3).exp()
+    slow = torch.zeros(4).double()
+    for draws in product(range(4), repeat=3):
+        best = max(draws, key=lambda y: scores[y])  # the first of equals
+        slow[best] += math.prod(reference[y].exp().item() for y in draws)
+    torch.testing.assert_close(found, slow)
+    assert found[0] / found[2] == pytest.approx(4 / 3)
+
+
+def test_the_kl_of_the_best_of_n_lies_under_its_bound_at_every_n_and_reaches_it_where_no_response_has_much_probability():
+    lab = make_lab(seed=3)
+    for n in range(1, 65):
+        kl = kl_divergence(best_of_n_logps(lab.reference_logps, lab.scores, n=n), lab.reference_logps).item()
+        assert -1e-9 < kl < best_of_n_bound(n) + 1e-9
+    flat = torch.full((10_000,), 1e-4).double().log()
+    kl = kl_divergence(best_of_n_logps(flat, torch.arange(10_000).double(), n=4), flat).item()
+    assert kl == pytest.approx(best_of_n_bound(4), abs=2e-3) and best_of_n_bound(4) == pytest.approx(math.log(4) - 0.75)
+
+
 # reward_model_loss, ipo_loss, ppo_loss, gae
 
 
@@ -278,6 +305,8 @@ PAIR = torch.zeros(2)
         (lambda: rlhf_objective(GOOD, GOOD, PAIR, beta=float("nan")), "expected finite beta > 0"),
         (lambda: rlhf_objective(PAIR, GOOD, PAIR, beta=1.0), "sum to 1"),
         (lambda: implicit_scores(GOOD, GOOD, beta=0.0), "implicit_scores: expected finite beta > 0"),
+        (lambda: best_of_n_logps(GOOD, PAIR, n=0), "best_of_n_logps: expected (N,) tensors and n >= 1"),
+        (lambda: best_of_n_logps(PAIR, PAIR, n=2), "sum to 1"),
         (lambda: all_responses(1, 4), "all_responses: expected num_symbols >= 2"),
         (lambda: all_responses(4, 0), "length >= 1"),
         (lambda: make_lab(10, 5), "at most 10,000"),

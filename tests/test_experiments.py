@@ -148,7 +148,7 @@ def test_run_preference_trains_on_the_records_and_with_the_hyperparameters_that_
     assert fewer.train == replace(quick.preference, steps=3, optimizer="sgd", max_grad_norm=2.0)
 
 
-@pytest.mark.parametrize("method", ["sft", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "a3c"])
 def test_run_preference_refuses_what_is_no_preference_method(quick, keys, method):
     with pytest.raises(ValueError, match="TrainConfig: expected"):
         run_dpo(quick, method=method)

@@ -18,6 +18,7 @@ from pdpo.losses import (
     sft_loss,
     simpo_loss,
     slic_loss,
+    unlikelihood_loss,
 )
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -457,6 +458,24 @@ def test_simpo_orpo_and_kto_at_their_limits():
             orpo_loss(equal, equal, weight=weight)
     with pytest.raises(ValueError, match="orpo_loss: expected two"):
         orpo_loss(equal, equal[:2], weight=0.1)
+
+
+def test_unlikelihood_raises_the_chosen_response_lowers_the_rejected_one_by_its_weight_and_at_0_is_sft_on_the_chosen():
+    chosen, rejected = (each.requires_grad_() for each in four_logps()[:2])
+    result = unlikelihood_loss(chosen, rejected, weight=0.25)
+    assert result.losses.tolist() == [-w + 0.25 * l for w, l in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert [each[0].item() for each in torch.autograd.grad(result.losses.sum(), (chosen, rejected))] == [-1, 0.25]
+    assert torch.equal(result.margins, (chosen - rejected).detach())
+    assert torch.equal(unlikelihood_loss(chosen, rejected, weight=0.0).losses, sft_loss(chosen))
+    worked = unlikelihood_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), weight=1.0)
+    assert worked.losses.item() == pytest.approx(-LOG2)
+    extreme = torch.tensor([-1e4, 0.0])
+    assert unlikelihood_loss(extreme, extreme.flip(0), weight=1.0).losses.tolist() == [1e4, -1e4]
+    for weight in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="unlikelihood_loss: expected weight in"):
+            unlikelihood_loss(chosen, rejected, weight=weight)
+    with pytest.raises(ValueError, match="unlikelihood_loss: expected two"):
+        unlikelihood_loss(chosen, rejected[:2], weight=0.5)
 
 
 def test_the_strengths_of_simpo_orpo_and_kto_push_as_they_say():

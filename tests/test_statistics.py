@@ -110,6 +110,12 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n_samples(n):
     scores = np.array([[3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0, 7.0]])
     expected = [np.mean([max(each) for each in itertools.combinations(row, n)]) for row in scores.tolist()]
     assert best_of(scores, n) == pytest.approx(expected)
+    judge = np.array([[0.1, 0.9, 0.2, 0.8, 0.3], [5.0, 4.0, 3.0, 2.0, 1.0]])  # another one chooses, these scores are reported
+    chosen = [
+        [row[max(some, key=of.__getitem__)] for some in itertools.combinations(range(5), n)]
+        for row, of in zip(scores, judge, strict=True)
+    ]
+    assert best_of(scores, n, by=judge) == pytest.approx(np.mean(chosen, axis=1))
 
 
 def test_best_of_more_samples_than_there_are_is_refused():
@@ -191,6 +197,12 @@ def test_the_pareto_set_equals_a_slow_loop():
 def test_the_height_between_frontiers_on_hand_made_points(one, other, height):
     assert height_between(one, other) == pytest.approx(height, nan_ok=True)
     assert height_between(other, one) == pytest.approx(-height, nan_ok=True)
+
+
+def test_a_frontier_does_not_differ_from_itself():
+    found = height_with_interval(flat([1, 2, 2], noise=2.0), flat([1, 2, 2], noise=2.0))
+    assert (found["height"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
+    assert p_value(0.5, [0.5, 0.5]) == 0
 
 
 def test_a_height_within_a_part_of_the_range_is_that_of_the_parts():

@@ -191,14 +191,18 @@ def test_an_offset_and_label_smoothing_reach_the_loss():
         ("slic", lambda w, l, margin, offset: (2 - w + l).clamp(min=0) - SLIC_REGULARIZATION * w),
         ("ipo", lambda w, l, margin, offset: (margin / 0.5 - 1) ** 2),
         ("edpo", lambda w, l, margin, offset: (offset - margin) ** 2),
+        ("unlikelihood", lambda w, l, margin, offset: -w + 0.25 * l),
+        ("preferred-ft", lambda w, l, margin, offset: -w),
     ],
 )
 def test_a_method_trains_on_its_papers_formula(method, formula):
     policy, rows, config = worker.parts(method)
     policy.lm_head.weight.data *= 3  # away from the reference
     logps, reference = policy_logps(policy, rows).detach(), torch.tensor([row.reference_logps for row in rows])
-    losses, measured = row_losses(policy, rows, replace(config, beta=0.5))
-    margins = 0.5 * (logps - reference)
+    if config.beta is None:
+        reference, config = 0.0 * logps, replace(config, unlikelihood_weight=0.25)
+    losses, measured = row_losses(policy, rows, replace(config, beta=config.beta and 0.5))
+    margins = (0.5 if config.beta else 1.0) * (logps - reference)
     margins = margins[:, 0] - margins[:, 1]
     expected = formula(logps[:, 0], logps[:, 1], margins, torch.tensor([row.offset for row in rows]))
     torch.testing.assert_close(losses.detach(), expected, rtol=1e-4, atol=1e-4)
@@ -382,7 +386,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp
         train(policy, rows, config, checkpoint=file, show_progress=False)
 
 
-@pytest.mark.parametrize("method", ["dpo", "drdo"])
+@pytest.mark.parametrize("method", ["dpo", "drdo", "ppo", "rloo"])
 def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path, method):
     checkpoint, never = tmp_path / "checkpoint.pt", tmp_path / "never"
 

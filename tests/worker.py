@@ -13,7 +13,8 @@ from pdpo import toy
 from pdpo.data import pairs
 from pdpo.encoding import encode_records
 from pdpo.models import load_policy, train_tokenizer, with_reward_head
-from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, Preset, TrainConfig
+from pdpo.presets import ONLINE, WITH_HEAD, WITHOUT_REFERENCE, OnlineConfig, Preset, TrainConfig
+from pdpo.rl import train_online
 from pdpo.training import Row, train, with_reference_logps
 
 STEPS = 20
@@ -23,6 +24,9 @@ PRESET = Preset("worker", vocab_size=400, embedding=32, layers=2, heads=2, conte
 def parts(method: str):
     """A random policy, rows and a config for one method; a run measures after each step."""
     policy, rows = _parts(method)
+    if method in ONLINE:
+        config = OnlineConfig(method, STEPS, 4, 3e-3, beta=0.1, num_samples=2, num_evaluations=STEPS, seed=3)
+        return copy.deepcopy(policy), rows, config
     beta = None if method in WITHOUT_REFERENCE else 0.1
     config = TrainConfig(method, STEPS, 8, 3e-3, beta=beta, micro_batch_size=8, num_evaluations=STEPS, seed=3)
     return copy.deepcopy(policy), list(rows), config
@@ -33,6 +37,12 @@ def _parts(method: str):
     records = toy.load()[::40]
     tokenizer = train_tokenizer(records, vocab_size=400)
     policy = load_policy(PRESET, tokenizer=tokenizer, seed=1)
+    if method in ONLINE:  # not rows, but what the loop takes in their place
+
+        def score(samples):
+            return torch.tensor([len(each.text) / 10 for each in samples])
+
+        return policy, (tokenizer, [record.prompt for record in records], score)
     if method not in ("sft", "plackett_luce"):
         records = pairs(records, num_per_prompt=2)
     offsets = [record.scores[0] - record.scores[1] if method in ("edpo", "drdo") else 0.0 for record in records]
@@ -56,10 +66,11 @@ def run(method: str, checkpoint: Path | None, *, announce: bool = False) -> dict
             sys.stdin.readline()  # whoever kills this process lets it take one step at a time
         return {"eval_norm": float(sum(weight.detach().norm() for weight in policy.parameters()))}
 
-    history = train(
-        policy, rows, config, held_out=rows[:8], measure=measure,
-        checkpoint=checkpoint, checkpoint_seconds=0.0, show_progress=False,
-    )  # fmt: skip
+    saving = {"measure": measure, "checkpoint": checkpoint, "checkpoint_seconds": 0.0, "show_progress": False}
+    if method in ONLINE:
+        history = train_online(policy, copy.deepcopy(policy), *rows, config, max_new_tokens=6, **saving)
+    else:
+        history = train(policy, rows, config, held_out=rows[:8], **saving)
     return {"weights": policy.state_dict(), "history": history, "rng": torch.get_rng_state()}
 
 

@@ -1,14 +1,18 @@
-"""The studies of notebooks 09b and 09c that take too long to be made whenever the notebooks run; they draw what this writes.
+"""The studies of notebooks 09b, 09c and 11 that take too long to be made whenever the notebooks run; they draw what this writes.
 
     python tests/dev/studies.py grid sizes alphas temperatures    # figures/PRESET/study_*.csv; five to ten minutes each, on two cores
+    python tests/dev/studies.py pipeline --seeds 20
 
 grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
 prompts at three sizes of data, with equal steps and with equal passes. alphas: ODPO at the seven alphas of its paper's Fig. 6.
-temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. Seeds 0 to 2; what was trained is kept.
+temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and
+strengths were chosen. Seeds 0 to 2 where no others are given; what was trained is kept.
 """
 
 import argparse
 from dataclasses import replace
+
+import numpy as np
 
 from pdpo import experiments
 from pdpo.data import load_split, pairs
@@ -121,16 +125,40 @@ def at_temperature(sft, *, method, beta, temperature):
     return experiments.run_win_rate(run, temperature=temperature)
 
 
-STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures)}
+def pipeline(sfts) -> list[dict]:
+    """Four tries for each method of notebook 11, on validation prompts; the best score at a KL below 5 chooses."""
+    two = [{"lr": lr} for lr in (2e-4, 1e-3)]
+    tries = {method: [each | {"beta": beta} for each in two for beta in (0.1, 0.3)] for method in ("dpo", "odpo")}
+    tries |= {method: [{"lr": lr, "beta": beta} for lr in (3e-4, 1e-3) for beta in (0.05, 0.2)] for method in ("ppo", "rloo")}
+    tries["unlikelihood"] = [each | {"beta": None, "unlikelihood_weight": weight} for each in two for weight in (0.1, 0.5)]
+    tries["preferred-ft"] = [{"beta": None, "lr": lr} for lr in (2e-4, 1e-3, 3e-3, 6e-3)]
+    experiments.run_all(experiments.run_oracle, [{"sft": sft} for sft in sfts])  # of which several runs have need
+    wanted = [(method, each) for method, of_method in tries.items() for each in of_method]
+    settings = [{"sft": sft, "method": method, "num_evaluations": 1, **each} for method, each in wanted for sft in sfts]
+    measured = iter(experiments.run_all(on_validation, settings))
+    rows = []
+    for method, each in wanted:
+        stages = [next(measured) for _ in sfts]
+        row = {"method": method, "beta": "", "unlikelihood_weight": ""} | {key: each[key] or "" for key in each}
+        rows.append(row | {key: float(np.mean([stage.column(key) for stage in stages])) for key in ("kl", "score", "correct")})
+    for row in rows:
+        near = [other for other in rows if other["method"] == row["method"] and other["kl"] < 5]
+        row["chosen"] = int(row is max(near, key=lambda other: other["score"]))
+    return rows
+
+
+STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures, pipeline)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's, 0 to 2")
     options = parser.parse_args()
     preset = experiments.start(options.preset)
-    sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in preset.seeds])
+    seeds = options.seeds or preset.seeds
+    sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
     for name in options.studies:
         rows = STUDIES[name](sfts)
         target = committed_figures_dir() / preset.name / f"study_{name}.csv"
