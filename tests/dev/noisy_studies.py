@@ -5,7 +5,7 @@
 claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). temperatures: DRDO's meetings with
 the others at four temperatures (the paper's Table 2; study_wins.csv), and what each gains there (Fig. 3; study_advantage.csv). steps:
 what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
-meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for two other sizes of student
+meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students of another size
 (study_student_sizes.csv). What was trained is kept.
 """
 
@@ -48,7 +48,7 @@ METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 
     "imitation on sums": VARIANT | {"drdo_alpha": 1000.0, "drdo_gamma": 0.0},  # but for -log(1 - pi_l), which is small
     "means, alpha 1": VARIANT | {"drdo_alpha": 1.0, "mean_logps": True},
 }
-SIZES = {"half as wide": 32, "twice as wide": 128}
+SIZES = {"half as wide": 32}  # the notebook's is 64
 
 family = {item.prompt: item.family for item in toy.items()}
 train_records, validation, test = load_split("toy")
@@ -252,7 +252,7 @@ def temperatures(preset) -> dict[str, list[dict]]:
 
 
 def sizes(preset) -> dict[str, list[dict]]:
-    """Table 2 for two other sizes of student, each with one oracle of its size for all, the judge, too."""
+    """Table 2 for other sizes of student, each with one oracle of its size for all, the judge, too."""
     met = []
     for student, width in SIZES.items():
         met += _by_temperature(World(replace(preset, embedding=width), PUBLISHED, num_oracles=1), student)[0]
