@@ -1,10 +1,12 @@
 """The studies of notebook 10 that take too long to be made whenever it runs; it draws and prints what this writes.
 
-    python tests/dev/noisy_studies.py claims wins steps      # figures/PRESET/10_claims.csv, study_wins.csv, study_steps.csv
+    python tests/dev/noisy_studies.py claims temperatures steps splits sizes      # into figures/tiny
 
-claims: the notebook's verdicts on its own seeds and on five that chose nothing. wins: DRDO's meetings with the others, for splits of
-the pairs (the paper's Table 1), and for three sizes of student at four temperatures (Table 2). steps: what DPO, e-DPO and DRDO gain
-over SFT in runs of 15 to 60 steps (Fig. 4b). About a quarter of an hour in all on two cores after the notebook; what was trained is kept.
+claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). temperatures: DRDO's meetings with
+the others at four temperatures (the paper's Table 2; study_wins.csv), and what each gains there (Fig. 3; study_advantage.csv). steps:
+what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
+meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students of another size
+(study_student_sizes.csv). What was trained is kept.
 """
 
 import argparse
@@ -25,18 +27,28 @@ from pdpo.statistics import bootstrap_interval, with_interval
 
 TEMPERATURE, LEFT_OUT = 3.0, ("past", "alphabet")  # notebook 10, section 6, and so in what follows
 PUBLISHED, NEW = (0, 1, 2), (10, 11, 12, 13, 14)
-DRDO = {"method": "drdo", "drdo_alpha": 0.1, "drdo_gamma": 2.0, "num_evaluations": 3, "lr": 2e-4, "steps": 60}
-CHOSEN = {  # by notebook 10, section 8, with seed 0 on validation prompts
-    "DPO": {"method": "dpo", "beta": 0.1, "num_evaluations": 3, "lr": 1e-3, "steps": 60},
-    "e-DPO": {"method": "edpo", "beta": 0.1, "num_evaluations": 3, "lr": 1e-3, "steps": 60},
+LOW, HIGH = 2e-4, 1e-3
+DPO = {"method": "dpo", "beta": 0.1, "num_evaluations": 3, "lr": LOW, "steps": 60}
+EDPO = DPO | {"method": "edpo", "lr": HIGH}
+DRDO = {"method": "drdo", "drdo_alpha": 0.1, "drdo_gamma": 2.0, "num_evaluations": 3, "lr": LOW, "steps": 60}
+VARIANT = DRDO | {"num_evaluations": 1}
+METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 on validation prompts
+    "DPO": DPO,
+    "e-DPO": EDPO,
     "DRDO": DRDO,
-    "IPO, means": {"method": "ipo", "beta": 0.1, "mean_logps": True, "num_evaluations": 1, "lr": 2e-4, "steps": 60},
-    "imitation": {"method": "orpo", "orpo_weight": 0.0, "num_evaluations": 1, "lr": 2e-4, "steps": 60},
-    "DRDO, gamma 0": DRDO | {"drdo_gamma": 0.0, "num_evaluations": 1},
-    "DRDO, gamma 5": DRDO | {"drdo_gamma": 5.0, "num_evaluations": 1},
-    "DRDO, alpha 0": DRDO | {"drdo_alpha": 0.0, "num_evaluations": 1},
+    "IPO, means": {"method": "ipo", "beta": 0.1, "mean_logps": True, "num_evaluations": 1, "lr": LOW, "steps": 60},
+    "imitation": {"method": "orpo", "orpo_weight": 0.0, "num_evaluations": 1, "lr": LOW, "steps": 60},
+    "DPO at 1e-3": DPO | {"lr": HIGH},
+    "DPO at 1e-3, all labels": DPO | {"lr": HIGH, "steps": 130, "num_evaluations": 1},
+    "e-DPO at 2e-4": EDPO | {"lr": LOW},
+    "gamma 0": VARIANT | {"drdo_gamma": 0.0},
+    "gamma 5": VARIANT | {"drdo_gamma": 5.0},
+    "distillation alone": VARIANT | {"drdo_alpha": 0.0},
+    "contrast alone": VARIANT | {"drdo_alpha": 1000.0},  # beside which the distillation's weight is a thousandth
+    "imitation on sums": VARIANT | {"drdo_alpha": 1000.0, "drdo_gamma": 0.0},  # but for -log(1 - pi_l), which is small
+    "means, alpha 1": VARIANT | {"drdo_alpha": 1.0, "mean_logps": True},
 }
-SIZES = {"half as wide": 32, "as in the notebook": 64, "twice as wide": 128}
+SIZES = {"half as wide": 32}  # the notebook's is 64
 
 family = {item.prompt: item.family for item in toy.items()}
 train_records, validation, test = load_split("toy")
@@ -74,51 +86,54 @@ def with_scores(records, scores) -> list[Preference]:
 
 
 class World:
-    """SFT runs of some seeds, their noisy pairs, and three oracles a seed with the scores that they give to what is learnt from."""
+    """SFT runs of some seeds, their noisy pairs, and the oracles of each seed with the scores that they give to what is learnt from.
 
-    def __init__(self, preset, seeds):
+    Args: keep: of each seed, (pairs,) which to learn from; None: all. num_oracles: a seed; DRDO learns from the first."""
+
+    def __init__(self, preset, seeds, *, keep=None, num_oracles=3):
         self.sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
-        settings = [{"sft": sft, "records": annotated(sft.seed)[0]} for sft in self.sfts]
-        for k in (1, 2):
+        keep = keep or [np.ones(len(pairs(learnt)), bool)] * len(seeds)
+        self.records = [[annotated(seed)[0][i] for i in np.flatnonzero(kept)] for seed, kept in zip(seeds, keep, strict=True)]
+        settings = [{"sft": sft, "records": records} for sft, records in zip(self.sfts, self.records, strict=True)]
+        for k in range(1, num_oracles):
             settings += [each | {"seed": each["sft"].seed + 10 * k, "num_evaluations": 1} for each in settings[: len(seeds)]]
         made = experiments.run_all(experiments.run_oracle, settings)
-        self.oracles = [[made[i + k * len(seeds)] for k in range(3)] for i in range(len(seeds))]
-        self.scores = [np.array([scores_of(each, learnt) for each in three]) for three in self.oracles]  # (3, prompts, 4)
+        self.oracles = [made[i :: len(seeds)] for i in range(len(seeds))]
+        self.scores = [np.array([scores_of(each, learnt) for each in of_seed]) for of_seed in self.oracles]  # (K, prompts, 4)
 
-    def trained(self, options: dict, *, sfts=None, keep=None, only: int | None = None, **changes):
+    def trained(self, options: dict, *, only: int | None = None, **changes):
         """A run for each seed.
 
-        Args: sfts: students of another size. keep: for each seed which pairs. only: e-DPO's one oracle; None: the mean of three."""
+        Args: only: which oracle e-DPO learns from; None: the mean of all."""
         settings = []
-        for i, sft in enumerate(self.sfts):
-            records = annotated(sft.seed)[0]
+        for sft, records, scores in zip(self.sfts, self.records, self.scores, strict=True):
             if options["method"] == "edpo":
-                records = with_scores(records, self.scores[i].mean(0) if only is None else self.scores[i][only])
-            elif options["method"] == "drdo" and (sfts or keep):
-                records = with_scores(records, self.scores[i][0])  # else `run_preference` takes this very oracle
-            if keep:
-                records = [record for record, kept in zip(records, keep[i], strict=True) if kept]
-            settings.append({"sft": (sfts or self.sfts)[i], "records": records, "num_evaluations": 1} | options | changes)
+                records = with_scores(records, scores.mean(0) if only is None else scores[only])
+            settings.append({"sft": sft, "records": records} | options | changes)
         return experiments.run_all(experiments.run_preference, settings)
 
     def judged(self, runs, *, num_samples=32, **options) -> dict[str, np.ndarray]:
-        """ "gold": (seeds, prompts, samples) the scores of each run's answers; "oracle": (seeds, prompts, 8) those of its oracle,
-        less what it gives to the best response of the data."""
-        runs = [replace(run, preset=replace(run.preset, num_samples=num_samples, num_judged=0)) for run in runs]
-        found = experiments.run_all(experiments.run_win_rate, [{"run": run, "records": asked} | options for run in runs])
+        """(seeds, prompts, samples) each: "gold", "correct", "courteous" and, warm, "kl" of each run's answers; "oracle": its
+        oracle's scores of the first eight, less that of the best response of the data."""
+        warm = num_samples == 32  # as in the notebook, which has made some of these
+        sizes = {"num_samples": num_samples, "num_judged": int(warm)}
+        runs = [replace(run, preset=replace(run.preset, **sizes)) for run in runs]
+        made = experiments.run_all(experiments.run_win_rate, [{"run": run, "records": asked} | options for run in runs])
+        keys = {"gold": "score", "correct": "correct", "courteous": "courteous"} | ({"kl": "kl"} if warm else {})
+        found = {key: np.array([each.samples(column) for each in made]) for key, column in keys.items()}
         by_oracle = []
-        for each, (oracle, *_) in zip(found, self.oracles, strict=True):
+        for each, (oracle, *_) in zip(made, self.oracles, strict=True):
             texts = np.array([row["text"] or "." for row in each.rows], dtype=object).reshape(len(asked), -1)[:, :8]
             again = [Preference(record.prompt, (*some, record.responses[0])) for record, some in zip(asked, texts, strict=True)]
             scores = scores_of(oracle, again)
             by_oracle.append(scores[:, :-1] - scores[:, -1:])
-        return {"gold": np.array([each.samples("score") for each in found]), "oracle": np.array(by_oracle)}
+        return found | {"oracle": np.array(by_oracle)}
 
 
 def pessimistic(world: World):
     """Of three students, each distilled from one oracle alone, the one that lies nearest to SFT by KL(SFT || student): Fisch 2024's
     pessimistic optimum, if each student fits its oracle exactly."""
-    each = [world.trained(CHOSEN["e-DPO"], only=k) for k in range(3)]
+    each = [world.trained(EDPO | {"num_evaluations": 1}, only=k) for k in range(3)]
     nearest = []
     for i, sft in enumerate(world.sfts):
         policy, tokenizer = sft.load_policy(), sft.load_tokenizer()
@@ -129,42 +144,74 @@ def pessimistic(world: World):
     return nearest
 
 
-def claims(preset) -> list[dict]:
+JUDGES = ("gold", "oracle")
+WARM = [  # at temperature 1; the first two are the paper's and this chapter's question, all else is exploratory
+    ("DRDO", "DPO", JUDGES),
+    ("DRDO", "e-DPO", JUDGES),
+    ("DRDO", "e-DPO at 2e-4", JUDGES),
+    ("DRDO", "SFT", (*JUDGES, "correct")),
+    ("DRDO", "imitation", JUDGES),
+    ("DRDO", "imitation on sums", JUDGES),
+    ("IPO, means", "DRDO", (*JUDGES, "kl")),
+    ("e-DPO", "DPO", JUDGES),
+    ("e-DPO", "DPO at 1e-3", (*JUDGES, "kl")),
+    ("e-DPO at 2e-4", "DPO", (*JUDGES, "kl")),
+    ("e-DPO", "DPO at 1e-3, all labels", JUDGES),
+    ("e-DPO", "e-DPO of one oracle", JUDGES),
+    ("e-DPO of one oracle", "DPO at 1e-3", JUDGES),
+    ("e-DPO, pessimistic", "e-DPO", (*JUDGES, "kl")),
+    ("DPO at 1e-3", "DPO", (*JUDGES, "correct")),
+    ("e-DPO", "SFT", ("correct", "courteous")),
+    ("DRDO", "gamma 0", ("gold",)),
+    ("DRDO", "gamma 5", ("gold",)),
+    ("DRDO", "contrast alone", ("gold",)),
+    ("contrast alone", "SFT", ("gold",)),
+    ("imitation on sums", "SFT", ("gold",)),
+    ("distillation alone", "SFT", ("gold",)),
+    ("means, alpha 1", "SFT", ("gold",)),
+]
+
+
+def claims(preset) -> dict[str, list[dict]]:
     """One row a verdict: the paired difference over the notebook's seeds and over new ones, and what became of it."""
-    found = [_verdicts(World(preset, seeds)) for seeds in (PUBLISHED, NEW)]
+    old, new = _verdicts(World(preset, PUBLISHED)), _verdicts(World(preset, NEW), repeated=True)
     rows = []
-    for claim in found[0]:
-        shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*values[claim]) for values in found]
-        rows.append({"claim": claim, "published": shown[0], "repeated": shown[1], "status": status(*(v[claim] for v in found))})
-        print(f"{rows[-1]['status']:14} {claim:50} {shown[0]}   {shown[1]}", flush=True)
-    return rows
+    for claim, values in old.items():
+        row = {"claim": claim, "published": _shown(values), "repeated": "", "status": "not run on new seeds"}
+        if claim in new:
+            row |= {"repeated": _shown(new[claim]), "status": status(values, new[claim])}
+        rows.append(row)
+        print("  ".join(row.values()), flush=True)
+    return {"10_claims": rows}
 
 
-def _verdicts(world: World) -> dict[str, tuple]:
-    runs = {name: world.trained(options) for name, options in CHOSEN.items()}
-    runs |= {"SFT": world.sfts, "e-DPO, pessimistic": pessimistic(world)}
+def _shown(values: tuple) -> str:
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values)
+
+
+def _verdicts(world: World, *, repeated: bool = False) -> dict[str, tuple]:
+    """claim -> (value, low, high). repeated: without what is watched along the way and without the pessimistic e-DPO, to save time."""
+    few = {"num_evaluations": 1} if repeated else {}
+    runs = {name: world.trained(options, **few) for name, options in METHODS.items()}
+    of_one = world.trained(EDPO | {"num_evaluations": 1}, only=0)
+    runs |= {"SFT": world.sfts, "e-DPO of one oracle": of_one}
+    if not repeated:
+        runs["e-DPO, pessimistic"] = pessimistic(world)
     warm = {name: world.judged(of_name) for name, of_name in runs.items()}
-    cold = {
-        name: world.judged(runs[name], num_samples=8, temperature=0.2, top_p=0.8) for name in ("SFT", "DPO", "e-DPO", "DRDO")
-    }
     found = {}
-    for one, other in (("DRDO", "DPO"), ("DRDO", "e-DPO"), ("DRDO", "SFT"), ("DRDO", "imitation"), ("e-DPO", "DPO")):
-        for where, some in (("", ~is_out), (", out of distribution", is_out)):
-            for judge in ("gold", "oracle"):
-                found[f"{one} over {other} by {judge}{where}"] = _difference(warm[one][judge], warm[other][judge], some)
-    for other in ("SFT", "DPO", "e-DPO"):
-        for judge in ("gold", "oracle"):
-            name = f"DRDO over {other} by {judge}, temperature .2"
-            found[name] = _difference(cold["DRDO"][judge], cold[other][judge], ~is_out)
-    for one, other in (
-        ("DRDO", "DRDO, gamma 0"),
-        ("DRDO", "DRDO, gamma 5"),
-        ("DRDO", "DRDO, alpha 0"),
-        ("DRDO, alpha 0", "SFT"),
-        ("IPO, means", "DRDO"),
-        ("e-DPO, pessimistic", "e-DPO"),
-    ):
-        found[f"{one} over {other} by gold"] = _difference(warm[one]["gold"], warm[other]["gold"], ~is_out)
+    for one, other, judges in WARM:
+        for judge in judges if one in runs else ():
+            found[f"{one} over {other}, {judge}"] = _difference(warm[one][judge], warm[other][judge], ~is_out)
+            if judge in JUDGES and other in ("DPO", "e-DPO", "SFT"):
+                found[f"{one} over {other}, {judge}, left out"] = _difference(warm[one][judge], warm[other][judge], is_out)
+    for temperature in (0.2, 0.9):
+        options = {"num_samples": 8, "temperature": temperature, "top_p": 0.8}
+        cold = {name: world.judged(runs[name], **options) for name in ("SFT", "DPO", "e-DPO", "DRDO")}
+        for other in ("SFT", "DPO", "e-DPO"):
+            for judge in JUDGES:
+                found[f"DRDO over {other}, {judge}, temperature {temperature:g}"] = _difference(
+                    cold["DRDO"][judge], cold[other][judge], ~is_out
+                )
     return found
 
 
@@ -173,68 +220,96 @@ def _difference(one, other, some) -> tuple[float, float, float]:
     return float(values.mean()), *bootstrap_interval(values)
 
 
-def _wins(ours: dict, theirs: dict, some=~is_out) -> dict:
+def _wins(ours: dict, theirs: dict, some) -> dict:
     """Columns gold, oracle: how often ours scores higher on the same noise; a tie counts a half."""
     row = {}
-    for judge in ours:
+    for judge in JUDGES:
         a, b = ours[judge][:, some], theirs[judge][:, some]
         row |= with_interval(judge, ((a > b) + 0.5 * (a == b)).mean(2))
     return row
 
 
-def wins(preset) -> list[dict]:
-    """One row a meeting of DRDO: with whom, trained on which pairs, how large the student, at which temperature."""
-    world, rows = World(preset, PUBLISHED), []
-    for split, keep in {"all": None, "easy": halves(world, easy=True), "hard": halves(world, easy=False)}.items():
-        of = {name: world.judged(world.trained(CHOSEN[name], keep=keep)) for name in ("DPO", "e-DPO", "DRDO")}
-        num_pairs = len(pairs(learnt)) if keep is None else int(np.mean([each.sum() for each in keep]))
+def splits(preset) -> dict[str, list[dict]]:
+    """Table 1: DRDO's meetings by the half that is trained on. e-DPO learns from the one oracle that DRDO learns from, which has seen
+    this half alone; the judge is the oracle of all pairs."""
+    world, met = World(preset, PUBLISHED, num_oracles=1), []
+    for split in ("easy", "hard"):
+        of_split = World(preset, PUBLISHED, keep=halves(easy=split == "easy"), num_oracles=1)
+        runs = {name: of_split.trained(METHODS[name], num_evaluations=1) for name in ("DPO", "e-DPO", "DRDO")}
+        of = {name: world.judged(of_name) for name, of_name in runs.items()}
         for other in ("DPO", "e-DPO"):
             for where, some in (("twelve families", ~is_out), ("two left out", is_out)):
-                about = {"pairs": split, "num_pairs": num_pairs, "student": "as in the notebook", "temperature": 1.0}
-                rows.append(about | {"prompts": where, "other": other} | _wins(of["DRDO"], of[other], some))
+                about = {"pairs": split, "num_pairs": round(np.mean([len(each) for each in of_split.records]))}
+                met.append(about | {"prompts": where, "other": other} | _wins(of["DRDO"], of[other], some))
+                print(met[-1], flush=True)
+    return {"study_splits": met}
+
+
+def temperatures(preset) -> dict[str, list[dict]]:
+    """Table 2 and Fig. 3 for students of the notebook's size."""
+    met, gained = _by_temperature(World(preset, PUBLISHED), "as in the notebook")
+    return {"study_wins": met, "study_advantage": gained}
+
+
+def sizes(preset) -> dict[str, list[dict]]:
+    """Table 2 for other sizes of student, each with one oracle of its size for all, the judge, too."""
+    met = []
     for student, width in SIZES.items():
-        sized = replace(preset, embedding=width)
-        sfts = experiments.run_all(experiments.run_sft, [{"preset": sized, "seed": seed} for seed in PUBLISHED])
-        sfts = None if width == preset.embedding else sfts
-        runs = {name: world.trained(CHOSEN[name], sfts=sfts) for name in ("DPO", "e-DPO", "DRDO")}
-        runs["SFT"] = sfts or world.sfts
-        for temperature in (0.2, 0.5, 0.7, 0.9):
-            of = {name: world.judged(each, num_samples=8, temperature=temperature, top_p=0.8) for name, each in runs.items()}
-            for other in ("SFT", "DPO", "e-DPO"):
-                about = {"pairs": "all", "num_pairs": len(pairs(learnt)), "student": student, "temperature": temperature}
-                rows.append(about | {"prompts": "twelve families", "other": other} | _wins(of["DRDO"], of[other]))
-    return rows
+        met += _by_temperature(World(replace(preset, embedding=width), PUBLISHED, num_oracles=1), student)[0]
+    return {"study_student_sizes": met}
 
 
-def halves(world: World, *, easy: bool) -> list[np.ndarray]:
+def _by_temperature(world: World, student: str) -> tuple[list[dict], list[dict]]:
+    """A row for each of DRDO's meetings and temperatures; and, for each method, its gain over SFT and over the best given response."""
+    best = np.array([record.scores[0] for record in asked])[~is_out]  # gold; the oracle's scores are relative to it already
+    runs, met, gained = {"SFT": world.sfts}, [], []
+    runs |= {name: world.trained(METHODS[name]) for name in ("DPO", "e-DPO", "DRDO")}
+    for temperature in (0.2, 0.5, 0.7, 0.9):
+        of = {name: world.judged(each, num_samples=8, temperature=temperature, top_p=0.8) for name, each in runs.items()}
+        about = {"student": student, "temperature": temperature}
+        for other in ("SFT", "DPO", "e-DPO"):
+            met.append(about | {"other": other} | _wins(of["DRDO"], of[other], ~is_out))
+            print(met[-1], flush=True)
+        for name in ("DPO", "e-DPO", "DRDO"):
+            row = about | {"method": name}
+            for judge in JUDGES:
+                ours, sft = (of[each][judge].mean(2)[:, ~is_out] for each in (name, "SFT"))
+                row |= with_interval(f"{judge}, over SFT", ours - sft)
+                row |= with_interval(f"{judge}, over best", ours - (best if judge == "gold" else 0))
+            gained.append(row)
+    return met, gained
+
+
+def halves(*, easy: bool) -> list[np.ndarray]:
     """For each seed, (pairs,) whether confidence and edit distance both lie above (easy), or both at or below, their medians."""
     words = [[text.split() for text in pair.responses] for pair in pairs(learnt)]
     distance = np.array([1 - SequenceMatcher(None, *both, autojunk=False).ratio() for both in words])
     far = distance > np.median(distance)
     kept = []
-    for sft in world.sfts:
-        confidence = annotated(sft.seed)[1]
+    for seed in PUBLISHED:
+        confidence = annotated(seed)[1]
         sure = confidence > np.median(confidence)
         kept.append(sure & far if easy else ~sure & ~far)
     return kept
 
 
-def steps(preset) -> list[dict]:
-    """One row a method and length of training (each a run of its own, with its own schedule): gain over SFT by both judges."""
+def steps(preset) -> dict[str, list[dict]]:
+    """One row a method, all at the rate 2e-4, and length of training (a run of its own, with its own schedule): gain over SFT."""
     world, rows = World(preset, PUBLISHED), []
     base = world.judged(world.sfts)
-    for name in ("DPO", "e-DPO", "DRDO"):
+    for name in ("DPO", "e-DPO at 2e-4", "DRDO"):
         for num_steps in (15, 30, 60):
-            changes = {} if num_steps == CHOSEN[name]["steps"] else {"steps": num_steps, "num_evaluations": 1}
-            of = world.judged(world.trained(CHOSEN[name], **changes))
+            changes = {} if num_steps == METHODS[name]["steps"] else {"steps": num_steps, "num_evaluations": 1}
+            of = world.judged(world.trained(METHODS[name], **changes))
             row = {"method": name, "steps": num_steps}
-            for judge in of:
+            for judge in JUDGES:
                 row |= with_interval(judge, (of[judge].mean(2) - base[judge].mean(2))[:, ~is_out])
             rows.append(row)
-    return rows
+            print(row, flush=True)
+    return {"study_steps": rows}
 
 
-STUDIES = {"claims": (claims, "10_claims"), "wins": (wins, "study_wins"), "steps": (steps, "study_steps")}
+STUDIES = {"claims": claims, "temperatures": temperatures, "steps": steps, "splits": splits, "sizes": sizes}
 
 
 def main() -> None:
@@ -243,11 +318,10 @@ def main() -> None:
     options = parser.parse_args()
     preset = experiments.start("tiny")  # the labels are drawn from the toy's gold scores
     for name in options.studies:
-        study, file = STUDIES[name]
-        rows = study(preset)
-        with replacing(committed_figures_dir() / preset.name / f"{file}.csv") as temporary:
-            write_csv(temporary, rows)
-        print(f"{file}.csv: {len(rows)} rows", flush=True)
+        for file, rows in STUDIES[name](preset).items():
+            with replacing(committed_figures_dir() / preset.name / f"{file}.csv") as temporary:
+                write_csv(temporary, rows)
+            print(f"{file}.csv: {len(rows)} rows", flush=True)
 
 
 if __name__ == "__main__":
