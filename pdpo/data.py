@@ -12,7 +12,8 @@ from reprlib import repr as short
 
 from pdpo import toy
 from pdpo.encoding import encode, response_fits
-from pdpo.files import SOURCES, check_score, check_text, is_finite, locate, parse_row, read_rows, scored_rows
+from pdpo.files import SOURCES, locate
+from pdpo.parsing import check_score, check_text, is_finite, parse_row, read_rows, scored_rows
 from pdpo.reach import in_key
 
 SCORED_NAMES = ("imdb", "tldr", "tldr-test")  # ODPO's data, whose rows `read_scored` gathers by prompt

@@ -5,7 +5,7 @@ import torch
 
 from pdpo.data import Preference, load_preferences
 from pdpo.encoding import TEMPLATE, Encoded, chat_template, collate, encode, encode_prompt, encode_records, response_fits
-from pdpo.files import _without_messages
+from pdpo.parsing import _without_messages
 
 TEXTS = [
     ("What is the capital of France?", "The capital of France is Paris."),
