@@ -16,12 +16,10 @@ from pdpo.presets import TrainConfig
 class Checkpoint:
     """The file from which a killed run goes on.
 
-    Args:
-        path: of the file; None keeps none.
-        config: of the run; `load` compares it with the saved one.
-        seconds: between two saves; 0 saves each time.
-        parts: what has a state_dict and a load_state_dict: policy, optimizer, scaler.
-    """
+    Args: path: of the file; None keeps none.
+          config: of the run; `load` compares it with the saved one.
+          seconds: between two saves; 0 saves each time.
+          parts: what has a state_dict and a load_state_dict: policy, optimizer, scaler."""
 
     def __init__(self, path: Path | None, config: dict, seconds: float, **parts):
         self.path, self.config, self.seconds, self.parts = path, config, seconds, parts
@@ -56,10 +54,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, config: dict) -> dict | None:
     """The state saved at `path`; None where there is none, or where it is damaged and has been set aside.
 
-    Args:
-        path: as given to `save_checkpoint`.
-        config: of the run that wants to go on; ValueError, naming each field that differs, where it is not the saved one.
-    """
+    Args: path: as given to `save_checkpoint`.
+          config: of the run that wants to go on; ValueError, naming each field that differs, where it is not the saved one."""
     if not path.exists():
         return None
     if not is_whole(path):
@@ -84,8 +80,7 @@ class Memory:
     """How many sequences a step takes at a time: at first what free memory is estimated to hold, half of that once it did not.
 
     Attributes:
-        config: the run's, with the micro batch that fits; its gradients add up to the same.
-    """
+        config: the run's, with the micro batch that fits; its gradients add up to the same."""
 
     def __init__(self, policy, rows: list, config: TrainConfig):
         self.device = next(policy.parameters()).device
@@ -98,8 +93,7 @@ class Memory:
     def fit(self, step: Callable[[TrainConfig], dict]) -> dict:
         """step(config), and again with half the micro batch where memory runs out; ValueError the second time.
 
-        Of several processes none tries again: the others would wait for a gradient that this one does not have.
-        """
+        Of several processes none tries again: the others would wait for a gradient that this one does not have."""
         while True:
             try:
                 return step(self.config)
@@ -118,11 +112,9 @@ class Memory:
 def fitting_micro_batch(policy, rows: list, free_bytes: int) -> int:
     """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
 
-    Args:
-        policy: on its device, before its first gradient.
-        rows: what it will train on.
-        free_bytes: of that device.
-    """
+    Args: policy: on its device, before its first gradient.
+          rows: what it will train on.
+          free_bytes: of that device."""
     config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
     gradients_and_adam = 12 * sum(each.numel() for each in policy.parameters())
     # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak

@@ -93,7 +93,6 @@ def read_scored(path: Path) -> tuple[list[Preference], dict[str, int]]:
 
     Most continuations there lack the space that would join them to their prompt ("shocking" + "for the time"). The template
     puts a line break between the two, and both are stripped: a text with the space and one without are the same text.
-
     Args: path: .jsonl with {prompt, text, reward} a line (`imdb`), or .json with {prompt: {responses, rewards}} (`tldr`).
     Returns: Records in the order of their prompts' first rows; and counts: empty (responses without text), repeated (rows
         merged with an equal text of their prompt, with the mean score), alone (prompts left with one response), tied (prompts

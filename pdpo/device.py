@@ -17,8 +17,7 @@ def device() -> torch.device:
 def choose_precision(capability: tuple[int, int] | None = None) -> str:
     """bfloat16 on Ampere and later, float16 (with a loss scaler) on older GPUs such as the T4, float32 on the CPU.
 
-    Args: capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine.
-    """
+    Args: capability: CUDA's (major, minor), (7, 5) for a T4; None asks this machine."""
     if capability is None:
         if not torch.cuda.is_available():
             return "float32"

@@ -1,8 +1,7 @@
 """Several processes that train one policy together, started by `torchrun`. A process alone finds nothing to do here.
 
 Each takes its share of every batch's rows; gradients and logged numbers are added up, so that the result is that of one
-process but for rounding. What is decided, written or measured once is the leader's work: that of process 0.
-"""
+process but for rounding. What is decided, written or measured once is the leader's work: that of process 0."""
 
 import contextlib
 import datetime

@@ -40,15 +40,13 @@ set `gradient_checkpointing: true`: a step is then still the same pairs.
 def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str = "dpo", seed: int = 0) -> Path:
     """Writes SFT policy, pairs and a config with which `trl dpo` goes on where `run_preference` would: see README above.
 
-    Args:
-        preset: data, model, steps, batch size and learning rate; its SFT stage is trained where it is missing.
-        target: a new folder; it appears when it is complete.
-        beta: KL strength; a larger beta keeps the policy closer to the reference.
-        method: "dpo"; the others are refused.
-        seed: of the SFT stage, of which pairs are drawn and of their order.
+    Args: preset: data, model, steps, batch size and learning rate; its SFT stage is trained where it is missing.
+          target: a new folder; it appears when it is complete.
+          beta: KL strength; a larger beta keeps the policy closer to the reference.
+          method: "dpo"; the others are refused.
+          seed: of the SFT stage, of which pairs are drawn and of their order.
     Returns: target.
-    Source: trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py.
-    """
+    Source: trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py."""
     check_new_folder(target)
     if method != "dpo":
         raise ValueError(

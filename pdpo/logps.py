@@ -29,7 +29,6 @@ def sequence_logps(logits: Tensor, input_ids: Tensor, response_mask: Tensor) -> 
 
     A sum, not a mean: the DPO derivation needs the probability of the response, and a mean is that of another model
     in which long answers are free.
-
     Args: response_mask: (B, T) bool; True at the tokens to score. Never derived from the pad id: GPT-2 pads with its EOS.
     Returns: (B,) float32 nats, <= 0.
     Source: Rafailov 2023, arXiv:2305.18290, Appendix B."""

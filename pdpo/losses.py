@@ -78,7 +78,6 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     offset 0, plain DPO. (A clamp such as log(1e-6) = -13.8 would silence exactly the mislabelled pairs, a leak of the clean
     scores into the training.) The other scales are signed and defined there. A difference below 1 has a negative log offset:
     less than a correct order is demanded.
-
     Args: chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
           alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
@@ -148,7 +147,6 @@ def ipo_loss(
     Sums are what the formula says: one target for a pair, however long its responses. TRL averages over the tokens of each
     response, which the paper's authors confirmed to be their practice. For that, pass mean log-probabilities: two responses of
     T tokens each are then to differ by T / (2 beta) nats.
-
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
     Returns: PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
     Source: Azar 2023, arXiv:2310.12036, Eq. 17."""
@@ -204,7 +202,6 @@ def drdo_loss(
     The gradient goes through the focal weight (1 - p_w)^gamma, too. That is what lowers pi(y_l): with the weight held constant, as
     in the paper's Eq. 34, descent raises it, and at pi(y_l) -> 1 the loss as printed has no lower bound. p_w compares sums, so that
     of two equally fluent responses the longer one looks worse.
-
     Args: policy_chosen_logps, policy_rejected_logps: (B,) nats, <= 0; sums over each response; carry the gradient.
           student_chosen_scores, student_rejected_scores: (B,) of the policy's own head; carry the gradient.
           oracle_chosen_scores, oracle_rejected_scores: (B,) of the oracle; constants.

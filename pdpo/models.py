@@ -81,7 +81,6 @@ def load_policy(preset: Preset | str, *, tokenizer=None, seed: int = 0) -> torch
 
     With the preset's `model` set, pretrained weights from that folder or hub name (safetensors only, no remote code); where
     they cannot be had, a ValueError with three ways out. Else GPT-2's architecture in the preset's sizes with random weights.
-
     Args: tokenizer: sets the vocabulary of random weights; None is `load_tokenizer(preset)`. seed: of random weights."""
     preset = get_preset(preset)
     if preset.model is not None:

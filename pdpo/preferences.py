@@ -2,8 +2,7 @@ r"""Bradley-Terry, Plackett-Luce and Gumbel: probabilities of choosing and ranki
 
 Every function takes scores (any real numbers, higher is better) and works on the last dimension. All three names describe
 one model: add independent standard Gumbel noise to each score and sort. The best of two is Bradley-Terry, the whole
-ranking is Plackett-Luce, and the winner of K follows the softmax.
-"""
+ranking is Plackett-Luce, and the winner of K follows the softmax."""
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ def plackett_luce_logps(scores: Tensor) -> Tensor:
     .. math:: \log P(1 \succ 2 \succ \dots \succ K) = \sum_{k=1}^{K} \Big( r_k - \log \sum_{j=k}^{K} \exp r_j \Big)
 
     The best is chosen by a softmax over all K, the second by a softmax over the K-1 that are left, and so on.
-
     Args: scores: (..., K) float; in ranked order, best first.
     Returns: (...) nats, <= 0. For K = 2 it is `bradley_terry_logps(scores[..., 0], scores[..., 1])`.
     Source: Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards)."""

@@ -26,14 +26,11 @@ def progress(
 
     Processes that torchrun started beside the first one draw nothing. What stands in a call of this function beside the items
     is not in a stage's key (`reach`).
-
-    Args:
-        total: of the items, with those `done` before, for example by a killed run; None counts them.
-        hidden: draws nothing.
-        later: seconds of other work that will come between the items. Where it is given and the whole will take more than a
-            minute, a line says how long, measured on the first item that takes ten seconds, or on the second; in a notebook
-            the bar alone does.
-    """
+    Args: total: of the items, with those `done` before, for example by a killed run; None counts them.
+          hidden: draws nothing.
+          later: seconds of other work that will come between the items. Where it is given and the whole will take more than a
+              minute, a line says how long, measured on the first item that takes ten seconds, or on the second; in a notebook
+              the bar alone does."""
     total = done + len(items) if total is None else total
     if hidden or total < 2 or launch_rank() > 0:
         yield from items

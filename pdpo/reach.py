@@ -6,8 +6,7 @@ print, progress bars, where an import stands and in which file a definition does
 that is reached changes it.
 
 A method is reached where its name stands behind a dot anywhere in what is reached, whichever class has it, or where its class
-is: too much rather than too little. A name put together at run time (getattr) is not seen.
-"""
+is: too much rather than too little. A name put together at run time (getattr) is not seen."""
 
 import ast
 import functools

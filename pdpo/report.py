@@ -71,10 +71,8 @@ Held-out loss: {before:.3f} -> {after:.3f} nats. Every step's numbers are in `hi
 def report(measured: list[Evaluation], data: dict, num_held_out: int) -> str:
     """A page that needs no other file and no network: table, warnings, three prompts, curves, data report and settings.
 
-    Args:
-        measured, num_held_out: as for `summary.summary`.
-        data: what `data.data_report` found.
-    """
+    Args: measured, num_held_out: as for `summary.summary`.
+          data: what `data.data_report` found."""
     runs = [each.run for each in measured]
     title = " and ".join(_name(run) for run in runs[1:] or runs)
     figures = [plots.sft_curves(runs[:1], title="SFT: loss of training batches and of held-out prompts")]

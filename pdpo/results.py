@@ -30,8 +30,7 @@ class Run:
         preset: sizes, data and machine that it ran with.
         train: its hyperparameters.
         history: one dict an optimizer step; see `training.train`.
-        parent: the SFT run that it started from, which is its reference; None for an SFT run.
-    """
+        parent: the SFT run that it started from, which is its reference; None for an SFT run."""
 
     path: Path
     preset: Preset
@@ -109,8 +108,7 @@ class Evaluation:
 
     Keys: prompt, text, finished, chosen, rejected; on `toy` also score, correct, degenerate and a 0/1 for each tone. The first
     samples of each prompt, those that were looked at more closely, also have win (1, 0.5 or 0) and, at temperature 1, kl, kl_k1,
-    kl_k3 (nats a response) and num_tokens.
-    """
+    kl_k3 (nats a response) and num_tokens."""
 
     path: Path
     run: Run
@@ -155,8 +153,7 @@ class RewardModel:
         sft: whose last hidden state it reads; DRDO's oracle reads its own.
         weights: (D,) of the linear head.
         held_out: (P,) the probability that it gives to the true order of each pair of the test split.
-        num_pairs: it was fitted to.
-    """
+        num_pairs: it was fitted to."""
 
     path: Path
     sft: Run
@@ -208,10 +205,8 @@ def minutes(path: Path) -> float:
 def run_info(preset: Preset, stages: list) -> dict:
     """What a figure was made with: its preset, data, model and seeds, the machine of each stage, minutes, peak memory.
 
-    Args:
-        preset: of the stages.
-        stages: Runs and Evaluations that the figure was drawn from.
-    """
+    Args: preset: of the stages.
+          stages: Runs and Evaluations that the figure was drawn from."""
     records = [read_json(stage.path / "stage.json") for stage in stages]
     environments = [record["environment"] for record in records]
     together = {

@@ -37,8 +37,7 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
         save: True writes the outputs into notebooks/ and the figures into figures/; False leaves both alone, and git status
             clean. Executed copies go to runs/ either way.
     Returns: Whether every cell of every notebook succeeded.
-    Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with.
-    """
+    Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with."""
     every = sorted(notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
     core = [path for path in every if not "10" <= path.name[:2] < "14"]
     chosen = core if not numbers else every if numbers == ["all"] else [_find(number, every) for number in numbers]

@@ -1,8 +1,7 @@
 """Stages: work that is done once, kept in runs/ and found there by the next call, also by that of another process.
 
 A stage's folder is named by a hash of all that determines it: configuration, data, the stage it starts from and the code that
-it can reach. A lock lets two processes that need one stage do it once; a killed stage goes on where it stopped.
-"""
+it can reach. A lock lets two processes that need one stage do it once; a killed stage goes on where it stopped."""
 
 import contextlib
 import functools
@@ -47,8 +46,7 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
     """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
 
     What build returns, if anything, goes on record beside the environment. Of a `distributed.process_group`, whose processes
-    must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build.
-    """
+    must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build."""
     made_by = {"code": code_version(build), "libraries": library_versions()}
     config = json.loads(json.dumps({"stage": name, **determinants, **made_by}))
     key = _digest(config)[:10]
@@ -153,8 +151,7 @@ def _locked(path: Path, name: str):
 def environment(began: float) -> dict:
     """What a result was made with: versions, device, threads, minutes since `began` (time.monotonic()), peak memory in MB.
 
-    Of several processes also how many; the rest is the leader's.
-    """
+    Of several processes also how many; the rest is the leader's."""
     cuda = device().type == "cuda"
     return {
         "python": platform.python_version(),
@@ -182,11 +179,8 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     On a CPU there are as many processes as cores ($PDPO_WORKERS at most), each with one of the runs; on several GPUs one for
     each. Within `joblib.parallel_config(backend="dask")`, or "ray", the runs go to that cluster, whose machines must share
     the runs folder.
-
-    Args:
-        stage: a function of a module that ends in `run_stage`.
-        settings: its keyword arguments, one dict a call.
-    """
+    Args: stage: a function of a module that ends in `run_stage`.
+          settings: its keyword arguments, one dict a call."""
     results = [_kept(stage, setting) for setting in settings]
     missing = [i for i, result in enumerate(results) if result is None]
     made, done = _made(stage, [settings[i] for i in missing]), len(settings) - len(missing)
@@ -265,8 +259,7 @@ _claimed: list[filelock.FileLock] = []
 def claim_one(count: int) -> int:
     """A number below `count` that no other process of this machine has claimed: its GPU. It is this process's until it ends.
 
-    Where all are taken, by sweeps beside this one, it is shared: the process's number modulo count.
-    """
+    Where all are taken, by sweeps beside this one, it is shared: the process's number modulo count."""
     if not _claimed:
         folder = Path(tempfile.gettempdir()) / f"pdpo-gpus-{os.getuid() if hasattr(os, 'getuid') else 0}"
         folder.mkdir(exist_ok=True)
@@ -285,7 +278,6 @@ def num_runs_at_a_time() -> int:
     """$PDPO_WORKERS, else one for each core that is not used by this process's threads, four at most; on CUDA one a GPU.
 
     One under torchrun, too: that has started all that there should be.
-
     """
     if launched():
         return 1

@@ -41,7 +41,6 @@ def variance_components(values) -> dict[str, float]:
     """What a measurement varies with: variances of seed, prompt, seed x prompt and sample, in squared units of the values.
 
     The mean over S seeds, N prompts and K samples of each has variance seed / S + prompt / N + both / (S N) + sample / (S N K).
-
     Args: values: (S, N, K), K independent samples of each prompt from each seed's policy, or paired differences of two policies.
     Returns: seed, prompt, both, sample: unbiased estimates, of which one can come out below 0, and is then near 0.
     Source: two-way random effects with replication, by expected mean squares; Searle 1992, "Variance components", section 4.3."""
@@ -78,7 +77,6 @@ def tilted(scores, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best policy for these scores, pi* = reference * exp(scores / beta) / Z, from samples of the reference.
 
     beta: KL strength; a larger beta keeps the policy closer to the reference.
-
     Args: scores: (..., K), of K samples of a prompt.
     Returns: (...) each: its expected score, its KL from the reference in nats, and the number of samples that its weights amount
         to, (sum w)^2 / sum w^2. Where that is small, both are too low: no reweighting finds what was not sampled.

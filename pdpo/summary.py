@@ -11,10 +11,8 @@ from pdpo.statistics import with_interval
 def summary(measured: list[Evaluation], num_held_out: int) -> str:
     """The closing lines of a training command.
 
-    Args:
-        measured: the evaluation of the SFT policy at temperature 1, then those of what was trained from it.
-        num_held_out: prompts that losses were watched on.
-    """
+    Args: measured: the evaluation of the SFT policy at temperature 1, then those of what was trained from it.
+          num_held_out: prompts that losses were watched on."""
     lines = table(measured)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
