@@ -20,55 +20,39 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks and write their figures")
     run.add_argument("--preset", choices=PRESETS, help="default: the one that fits this machine")
-    run.add_argument(
-        "--notebooks", nargs="+", metavar="NN", help="numbers, such as 06 07 08, or all; default: all but 10 to 13"
-    )
+    run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers (06 07 08), or all; default: all but 10 to 13")
     run.add_argument("--jobs", type=int, help="notebooks at a time; default: 2 on a CPU with two cores or more, else 1")
-    run.add_argument(
-        "--save", action="store_true", help="write outputs into notebooks/ and figures into figures/ (for maintainers)"
-    )
-    methods = {"nargs": "+", "choices": (*METHODS, *ONLINE), "default": ["dpo"], "help": "default: dpo; SFT always comes first"}
-    alpha = {"type": float, "help": "ODPO's strength; default: the preset's"}
-    train = commands.add_parser("train", help="SFT, then preference training, on a preference file", parents=[_training()])
-    train.add_argument("--method", **methods)
-    train.add_argument("--alpha", **alpha)
-    train.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
-    rewards = {"choices": ["learned", "toy-gold"], "default": "learned"}
-    train.add_argument(
-        "--reward", **rewards, help="of ppo and rloo: a reward model, trained first (default), or the toy's own score"
-    )
-    train.add_argument(
-        "--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, asked at the end; key: $OPENAI_API_KEY"
-    )
+    run.add_argument("--save", action="store_true", help="for maintainers: keep outputs in notebooks/ and figures in figures/")
+    methods, one = _training(), argparse.ArgumentParser(add_help=False)
+    of = {"nargs": "+", "choices": (*METHODS, *ONLINE), "default": ["dpo"]}
+    methods.add_argument("--method", **of, help="default: dpo; SFT always comes first")
+    methods.add_argument("--alpha", type=float, help="ODPO's strength; default: the preset's")
+    one.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
+    one.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser("train", help="SFT, then preference training, on a preference file", parents=[methods, one])
+    of = {"choices": ["learned", "toy-gold"], "default": "learned"}
+    train.add_argument("--reward", **of, help="for ppo, rloo: a reward model, trained first (default), or the toy's score")
+    train.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint, asked last; key: $OPENAI_API_KEY")
     train.add_argument("--judge-model", metavar="NAME", default="default", help="of that endpoint")
     train.add_argument("--judge-task", choices=["dialogue", "summary", "concise-summary"], default="dialogue")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument(
-        "--out", type=Path, help="a new folder for the policy (a folder in it for each, of several methods) and report.html"
-    )
+    train.add_argument("--out", type=Path, help="a new folder for report.html and the policies, of several methods one each")
     train.add_argument("--log", choices=["tensorboard"], help="what else writes every step's numbers, when a training ends")
-    sweep = commands.add_parser("sweep", help="train and measure every method, beta and seed", parents=[_training()])
-    sweep.add_argument("--method", **methods)
-    sweep.add_argument("--alpha", **alpha)
+    sweep = commands.add_parser("sweep", help="train and measure every method, beta and seed", parents=[methods])
     sweep.add_argument("--beta", type=float, nargs="+", help=f"{BETA}; default: the preset's")
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     sweep.add_argument("--out", type=Path, help="a new CSV file for the table; the frontier is drawn beside it")
     sweep.add_argument(
         "--scheduler", metavar="ADDRESS", help="of a Dask cluster that makes the runs; default: this machine does"
     )
-    export = commands.add_parser("export-trl", help="SFT, then a folder from which `trl dpo` goes on", parents=[_training()])
+    export = commands.add_parser("export-trl", help="SFT, then a folder for `trl dpo` to go on", parents=[_training(), one])
     export.add_argument("target", type=Path, metavar="DIR", help="a new folder")
     export.add_argument("--method", choices=METHODS, default="dpo", help="dpo, the one that TRL's DPOTrainer can do as we do")
-    export.add_argument("--beta", type=float, default=0.1, help=f"{BETA}; default: 0.1")
-    export.add_argument("--seed", type=int, default=0)
     ask = commands.add_parser("sample", help="what a trained policy answers")
     ask.add_argument("policy", type=Path, metavar="DIR", help="a folder that `train --out` wrote")
     ask.add_argument("prompt", nargs="*", help="prompts, each in quotes; default: the lines of standard input")
     ask.add_argument("--compare", type=Path, nargs="+", default=[], metavar="DIR", help="other folders, asked the same")
     ask.add_argument("--chat", action="store_true", help="ask one prompt after another; each is answered by itself")
-    ask.add_argument(
-        "--temperature", type=float, default=0.0, help="of the sampling; default: 0, the likeliest token each time"
-    )
+    ask.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
     ask.add_argument("--samples", type=int, default=1, help="answers to each prompt; default: 1")
     ask.add_argument("--max-new-tokens", type=int, default=64, help="default: 64, or half of what the policy was trained with")
     ask.add_argument("--seed", type=int, default=0, help="all policies meet the same noise; default: 0")

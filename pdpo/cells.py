@@ -12,10 +12,9 @@ import numpy as np
 
 def card(title: str, facts: dict[str, str], curve: str = "") -> str:
     """HTML: the title, a row for each fact, and a `curve` beside them."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items()
-    )
-    table = f"<table><caption style='text-align:left'><b>{escape(title)}</b></caption>{rows}</table>"
+    left = "style='text-align:left'"
+    rows = "".join(f"<tr><th {left}>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items())
+    table = f"<table><caption {left}><b>{escape(title)}</b></caption>{rows}</table>"
     return f"<div style='display:flex;align-items:center;gap:2em'>{table}{curve}</div>"
 
 

@@ -16,10 +16,8 @@ from pdpo.presets import TrainConfig
 class Checkpoint:
     """The file from which a killed run goes on.
 
-    Args: path: of the file; None keeps none.
-          config: of the run; `load` compares it with the saved one.
-          seconds: between two saves; 0 saves each time.
-          parts: what has a state_dict and a load_state_dict: policy, optimizer, scaler."""
+    Args: path: of the file; None keeps none. config: of the run; `load` compares it with the saved one.
+          seconds: between two saves; 0 saves each time. parts: what has a state_dict: policy, optimizer, scaler."""
 
     def __init__(self, path: Path | None, config: dict, seconds: float, **parts):
         self.path, self.config, self.seconds, self.parts = path, config, seconds, parts
@@ -54,25 +52,18 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, config: dict) -> dict | None:
     """The state saved at `path`; None where there is none, or where it is damaged and has been set aside.
 
-    Args: path: as given to `save_checkpoint`.
-          config: of the run that wants to go on; ValueError, naming each field that differs, where it is not the saved one."""
+    config: of the run that wants to go on; ValueError, naming each field that differs, where it is not the saved one."""
     if not path.exists():
         return None
     if not is_whole(path):
         return set_aside(path, "this checkpoint is not what was written")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    saved = state["config"]
-    now = json.loads(json.dumps(config))
-    differences = [
-        f"{field} (saved {saved.get(field)!r}, now {now.get(field)!r})"
-        for field in sorted(saved.keys() | now.keys())
-        if saved.get(field) != now.get(field)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path}: this checkpoint is of another run; these fields differ: {', '.join(differences)}. "
-            "Go on with the saved values, or remove the file to start afresh."
-        )
+    saved, now = state["config"], json.loads(json.dumps(config))
+    differ = [field for field in sorted(saved.keys() | now.keys()) if saved.get(field) != now.get(field)]
+    if differ:
+        fields = ", ".join(f"{field} (saved {saved.get(field)!r}, now {now.get(field)!r})" for field in differ)
+        way_out = "Go on with the saved values, or remove the file to start afresh."
+        raise ValueError(f"{path}: this checkpoint is of another run; these fields differ: {fields}. {way_out}")
     return state
 
 
@@ -101,10 +92,10 @@ class Memory:
                 size, reason = self.config.micro_batch_size, str(error).splitlines()[0]
             if size < self.limit or size == 1 or world_size() > 1:
                 times = "" if world_size() > 1 else " twice, the last time"
-                raise ValueError(
-                    f"train: out of memory{times} with micro batches of {size} sequences ({reason}). "
+                way_out = (
                     "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
                 )
+                raise ValueError(f"train: out of memory{times} with micro batches of {size} sequences ({reason}). {way_out}")
             print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
             self.config = replace(self.config, micro_batch_size=size // 2)
 
@@ -112,9 +103,7 @@ class Memory:
 def fitting_micro_batch(policy, rows: list, free_bytes: int) -> int:
     """How many sequences, each as long as the longest, train in memory at a time; a cautious estimate, at least 1.
 
-    Args: policy: on its device, before its first gradient.
-          rows: what it will train on.
-          free_bytes: of that device."""
+    Args: policy: on its device, before its first gradient. rows: to train on. free_bytes: of that device."""
     config, longest = policy.config, max(len(each.input_ids) for row in rows for each in row.sequences)
     gradients_and_adam = 12 * sum(each.numel() for each in policy.parameters())
     # float32: 18 vectors of the width a layer are kept for the backward pass; of the vocabulary 4 are alive at the peak

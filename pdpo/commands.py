@@ -20,7 +20,7 @@ from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import ONLINE, Preset, betas_of, get_preset
 from pdpo.stages import runs_dir
 from pdpo.statistics import with_interval
-from pdpo.summary import summary
+from pdpo.summary import aligned, in_brackets, summary
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,9 +84,8 @@ def train(options: argparse.Namespace) -> int:
     if options.judge_url:
         from pdpo.llm_judge import LLMJudge  # before anything is trained: it may miss its package
 
-        judge = LLMJudge(
-            options.judge_url, options.judge_model, task=options.judge_task, cache=runs_dir() / "judge" / "llm.jsonl"
-        )
+        cache = runs_dir() / "judge" / "llm.jsonl"
+        judge = LLMJudge(options.judge_url, options.judge_model, task=options.judge_task, cache=cache)
     preset = _preset(options)
     if options.reward == "toy-gold" and preset.data != "toy":
         raise ValueError(f"train: --reward toy-gold expected --data toy, whose answers it can score, got {preset.data}.")
@@ -100,11 +99,9 @@ def train(options: argparse.Namespace) -> int:
         (beta,) = betas_of(method, [options.beta])
         reward = {"reward": options.reward} if method in ONLINE else {}
         run = sft if method == "sft" else experiments.run_preference(sft, method=method, beta=beta, **reward)
-        measured = [row for row in run.history if "eval_loss" in row]
-        numbers = {key: (measured[0][key], measured[-1][key]) for key in measured[0] if key.startswith("eval_")}
-        print(
-            f"{method}: held out, before -> after: " + ", ".join(f"{k[5:]} {a:.3f} -> {b:.3f}" for k, (a, b) in numbers.items())
-        )
+        before, *_, after = [row for row in run.history if "eval_loss" in row]
+        numbers = [f"{key[5:]} {before[key]:.3f} -> {after[key]:.3f}" for key in before if key.startswith("eval_")]
+        print(f"{method}: held out, before -> after: {', '.join(numbers)}")
         if options.log:
             _tensorboard(run)
         evaluations.append(experiments.run_win_rate(run))
@@ -114,15 +111,7 @@ def train(options: argparse.Namespace) -> int:
     num_held_out = len(data.load_split(preset.data)[1])
     print(f"\n{summary(evaluations, num_held_out)}")
     if judge and is_leader():
-        print(f"\n{judge.model}, each answer's first sample against the best response that was given:")
-    for each in evaluations if judge and is_leader() else ():
-        rows = each.rows[:: each.num_samples]
-        found = judge.compare(*([row[key] for row in rows] for key in ("prompt", "text", "chosen")))
-        wins = "{win:.3f} [{win_low:.3f}, {win_high:.3f}]".format(**with_interval("win", found.wins))
-        print(
-            f"{each.run.method:12} wins {wins}; of what it decided it named the first in {found.first:.2f}; "
-            f"{found.unreadable} of {2 * len(rows)} answers unreadable; {found.num_tokens} tokens"
-        )
+        _ask(judge, evaluations)
     if options.out is not None and is_leader():
         from pdpo.report import report as page  # matplotlib, which training does not need
 
@@ -130,6 +119,18 @@ def train(options: argparse.Namespace) -> int:
             temporary.write_text(page(evaluations, report, num_held_out), encoding="utf-8")
         print(f"\nall of this, the curves and the settings: {options.out / 'report.html'}")
     return 0
+
+
+def _ask(judge, evaluations: list[experiments.Evaluation]) -> None:
+    """Prints what an `LLMJudge` says of them."""
+    print(f"\n{judge.model}, each answer's first sample against the best response that was given:")
+    for each in evaluations:
+        rows = each.rows[:: each.num_samples]
+        found = judge.compare(*([row[key] for row in rows] for key in ("prompt", "text", "chosen")))
+        print(
+            f"{each.run.method:12} wins {in_brackets(found.wins)}; of what it decided it named the first in {found.first:.2f}; "
+            f"{found.unreadable} of {2 * len(rows)} answers unreadable; {found.num_tokens} tokens"
+        )
 
 
 def _tensorboard(run: experiments.Run) -> None:
@@ -148,10 +149,8 @@ def _tensorboard(run: experiments.Run) -> None:
 
 def sweep(options: argparse.Namespace) -> int:
     if launched():
-        raise ValueError(
-            "sweep: expected to be started without torchrun, which is for one policy on several GPUs. `python -m pdpo sweep` gives "
-            "each GPU of this machine runs of its own; for those of other machines, see --scheduler."
-        )
+        instead = "`python -m pdpo sweep` gives each GPU of this machine runs of its own; for other machines, see --scheduler."
+        raise ValueError(f"sweep: expected no torchrun, which is for one policy on several GPUs. {instead}")
     if options.out is not None:
         frontier = options.out.with_name(f"{options.out.stem}_frontier").absolute()
         for path in (options.out, *(frontier.with_name(f"{frontier.name}.{suffix}") for suffix in ("png", "csv"))):
@@ -164,45 +163,31 @@ def sweep(options: argparse.Namespace) -> int:
     with _cluster(options.scheduler):
         sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
         methods = dict.fromkeys(options.method)
-        wanted = [
-            {"sft": sft, "method": method, "beta": beta}
-            for sft in sfts
-            for method in methods
-            for beta in betas_of(method, betas)
-        ]
-        made = iter(experiments.run_all(experiments.run_preference, [each for each in wanted if each["method"] != "sft"]))
-        runs = [each["sft"] if each["method"] == "sft" else next(made) for each in wanted]
+        wanted = [(sft, method, beta) for sft in sfts for method in methods for beta in betas_of(method, betas)]
+        settings = [{"sft": sft, "method": method, "beta": beta} for sft, method, beta in wanted if method != "sft"]
+        made = iter(experiments.run_all(experiments.run_preference, settings))
+        runs = [sft if method == "sft" else next(made) for sft, method, _ in wanted]
         measured = experiments.run_all(experiments.run_win_rate, [{"run": run} for run in runs])
     of_method = {method: [each for each in measured if each.run.method == method] for method in methods}
     rows = [_measurements(evaluation) for each in of_method.values() for evaluation in each]
-    lines = [list(rows[0])] + [
-        [f"{value:.3f}" if isinstance(value, float) and key != "beta" else f"{value}" for key, value in row.items()]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for above, line in itertools.pairwise([lines[0], *lines]):
-        if above[0] not in ("method", line[0]):
+    cells = [[f"{row[key]:.3f}" if type(row[key]) is float and key != "beta" else f"{row[key]}" for key in row] for row in rows]
+    for i, line in enumerate(aligned([list(rows[0]), *cells], str.rjust)):
+        if i > 1 and rows[i - 1]["method"] != rows[i - 2]["method"]:
             print()  # an eval_loss says something beside those of its own method
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
-    print(
-        "eval_loss: nats, each method's in a unit of its own. kl, win"
-        + ", score" * ("score" in rows[0])
-        + ": of n test prompts."
-    )
+        print(line)
+    score = ", score" * ("score" in rows[0])
+    print(f"eval_loss: nats, each method's in a unit of its own. kl, win{score}: of n test prompts.")
     if options.out is not None:
         from pdpo import plots, statistics
 
-        with replacing(options.out) as temporary:
-            write_csv(temporary, rows)
-        found = {
-            name: experiments.frontier_of(betas_of(name, betas), stages, num_seeds=len(seeds))
+        write_csv(options.out, rows)
+        frontiers = {
+            name.upper(): experiments.frontier_of(betas_of(name, betas), stages, num_seeds=len(seeds))
             for name, stages in of_method.items()
         }
-        figure, points = plots.frontier_curves(
-            statistics.frontier_rows({name.upper(): each for name, each in found.items()}),
-            ylabel="gold score (1 to 10)" if "score" in rows[0] else "SBERT win rate",
-            title=f"What each method reaches at which KL ({preset.name})",
-        )  # fmt: skip
+        ylabel = "gold score (1 to 10)" if score else "SBERT win rate"
+        title = f"What each method reaches at which KL ({preset.name})"
+        figure, points = plots.frontier_curves(statistics.frontier_rows(frontiers), ylabel=ylabel, title=title)
         png = plots.save_figure(figure, frontier, points, info=experiments.run_info(preset, measured))
         print(f"saved in {options.out}; the frontier in {png}")
     return 0
@@ -228,15 +213,10 @@ def _cluster(address: str | None):
 
 def _measurements(evaluation: experiments.Evaluation) -> dict:
     """A line of the sweep's table: held-out loss in nats, KL in nats a response, shares of wins, and on `toy` the gold score."""
-    run = evaluation.run
-    score = {"score": float(evaluation.column("score").mean())} if "score" in evaluation.rows[0] else {}
-    return {
-        **{"method": run.method, "beta": "" if run.beta is None else run.beta, "seed": run.seed},
-        **{"n": len(evaluation.column("win")), "eval_loss": run.history[-1]["eval_loss"]},
-        **{"kl": float(evaluation.column("kl").mean())},
-        **with_interval("win", evaluation.column("win")),
-        **score,
-    }
+    run, wins, means = evaluation.run, evaluation.column("win"), evaluation.means
+    row = {"method": run.method, "beta": "" if run.beta is None else run.beta, "seed": run.seed, "n": len(wins)}
+    row |= {"eval_loss": run.history[-1]["eval_loss"], "kl": means["kl"]} | with_interval("win", wins)
+    return row | ({"score": means["score"]} if "score" in means else {})
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -277,10 +257,8 @@ def _saved_policy(folder: Path) -> tuple:
     preset = replace(get_preset("small"), model=str(folder), context=context)
     tokenizer = load_tokenizer(preset)
     if tokenizer.chat_template != chat_template(tokenizer):
-        raise ValueError(
-            f"{folder}: expected a policy with this kit's chat template, got another or none. Train it with `python -m pdpo train`; "
-            "other models are asked through transformers."
-        )
+        way_out = "Train it with `python -m pdpo train`; other models are asked through transformers."
+        raise ValueError(f"{folder}: expected a policy with this kit's chat template, got another or none. {way_out}")
     return load_policy(preset).to(device()), tokenizer
 
 

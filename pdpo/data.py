@@ -230,11 +230,10 @@ def _read(path: Path) -> list[Preference]:
     records = Records()
     for where, row in read_rows(path):
         try:
-            record = Preference(*parse_row(row))
+            records.append(record := Preference(*parse_row(row)))
             scores = list(record.scores or ())
             if isinstance(row.get("scores"), list) and scores != sorted(scores)[::-1]:
                 raise ValueError(f"key 'scores': expected responses best first, got {short(scores)}. Sort each row by score.")
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
-        records.append(record)
     return records

@@ -36,11 +36,9 @@ def claim_gpu() -> None:
     index = device().index
     if index is None:
         return
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"torchrun: expected at most {torch.cuda.device_count()} processes on this machine, one for each of its GPUs, got "
-            f"LOCAL_RANK {index}. Lower --nproc-per-node."
-        )
+    if index >= (count := torch.cuda.device_count()):
+        got = f"one for each of its GPUs, got LOCAL_RANK {index}"
+        raise ValueError(f"torchrun: expected at most {count} processes on this machine, {got}. Lower --nproc-per-node.")
     torch.cuda.set_device(index)
 
 

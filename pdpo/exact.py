@@ -95,8 +95,9 @@ def best_of_n_bound(n: int) -> float:
 def all_responses(num_symbols: int, length: int) -> Tensor:
     """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting."""
     if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
+        got = f"{num_symbols} and {length}"
         raise ValueError(
-            f"all_responses: expected num_symbols >= 2, length >= 1, at most 10,000 responses, got {num_symbols} and {length}. Try 4, 4."
+            f"all_responses: expected num_symbols >= 2, length >= 1, at most 10,000 responses, got {got}. Try 4, 4."
         )
     return torch.cartesian_prod(*[torch.arange(num_symbols)] * length).view(-1, length)
 
@@ -186,6 +187,5 @@ def _check(function: str, *tensors: Tensor, beta: float = 1.0, normalised: Itera
     for logps in normalised:
         worst = logps.detach().logsumexp(-1).abs().max().item()
         if not worst < 1e-3:  # loose enough for float32; logits or raw scores are far off
-            raise ValueError(
-                f"{function}: expected log-probabilities that sum to 1, got a log-sum of {worst:.4g}. Apply log_softmax over all first."
-            )
+            got = f"a log-sum of {worst:.4g}. Apply log_softmax over all first."
+            raise ValueError(f"{function}: expected log-probabilities that sum to 1, got {got}")

@@ -49,10 +49,8 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
     Source: trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py."""
     check_new_folder(target)
     if method != "dpo":
-        raise ValueError(
-            f"export_trl: expected method 'dpo', got {method!r}. TRL's DPOTrainer has no place for offsets, scores, rankings or the "
-            f"regularised hinge, and its IPO is another: train it here, `python -m pdpo train --method {method}`."
-        )
+        why = "TRL's DPOTrainer has no place for offsets, scores, rankings or the regularised hinge, and its IPO is another"
+        raise ValueError(f"export_trl: expected method 'dpo', got {method!r}. {why}: `python -m pdpo train --method {method}`.")
     preset = get_preset(preset)
     config = replace(preset.preference, method=method, beta=beta, seed=seed)
     train_records = load_split(preset.data)[0]

@@ -90,7 +90,7 @@ def write_json(path: Path, value) -> None:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Writes rows, which share their keys, as CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -10,11 +10,7 @@ from pdpo.stages import damage, library_versions, runs_dir
 
 def kept_stages() -> list[dict]:
     """One dict a folder of runs/: stage (its path there), bytes, days since it was made, why_not ("" where it is current)."""
-    found = [
-        path
-        for path in sorted(runs_dir().glob("*/*"))
-        if path.is_dir() and path.parent.name not in ("judge", "notebooks", "figures", "tensorboard")
-    ]
+    apart = ("judge", "notebooks", "figures", "tensorboard")
     return [
         {
             "stage": str(path.relative_to(runs_dir())),
@@ -22,7 +18,8 @@ def kept_stages() -> list[dict]:
             "days": (time.time() - path.stat().st_mtime) / 86400,
             "why_not": _why_not(path),
         }
-        for path in found
+        for path in sorted(runs_dir().glob("*/*"))
+        if path.is_dir() and path.parent.name not in apart
     ]
 
 
@@ -36,11 +33,8 @@ def _why_not(path: Path) -> str:
         return reason
     record = read_json(path / "stage.json")
     config, now = record["config"], library_versions()
-    changed = [
-        f"{name} {version}, now {now.get(name)}" for name, version in config["libraries"].items() if version != now.get(name)
-    ]
-    if changed:
-        return f"made with {'; '.join(changed)}"
+    if other := [name for name, version in config["libraries"].items() if version != now.get(name)]:
+        return "made with " + "; ".join(f"{name} {config['libraries'][name]}, now {now.get(name)}" for name in other)
     if code_version_of(record["built_by"]) != config["code"]:
         return "made by other code"
     parents = [config[key] for key in ("sft", "run", "reward_model") if config.get(key)]

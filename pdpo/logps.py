@@ -15,7 +15,7 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
         raise ValueError(f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {got}. Pass both unshifted.")
     if input_ids.shape[1] < 2:
         raise ValueError(
-            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first token is never predicted."
+            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first is never predicted."
         )
     # float32 whatever the autocast: bf16 keeps 8 bits, too few for a difference of sums of log-probabilities
     log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
@@ -42,15 +42,11 @@ def check_response_mask(input_ids: Tensor, response_mask: Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(f"sequence_logps: expected input_ids (B, T), got {tuple(input_ids.shape)}. Add the batch dimension.")
     if response_mask.dtype != torch.bool or response_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"sequence_logps: expected response_mask bool of shape {tuple(input_ids.shape)}, got {response_mask.dtype} "
-            f"{tuple(response_mask.shape)}. Pass True at the tokens of the response, its EOS included."
-        )
-    first = response_mask[:, 0].nonzero().flatten().tolist()
-    if first:
-        raise ValueError(
-            f"sequence_logps: rows {first} score their first token, which nothing predicts. Put a prompt token before the response."
-        )
-    empty = (~response_mask.any(1)).nonzero().flatten().tolist()
-    if empty:
+        wanted, got = tuple(input_ids.shape), f"{response_mask.dtype} {tuple(response_mask.shape)}"
+        way_out = "Pass True at the tokens of the response, its EOS included."
+        raise ValueError(f"sequence_logps: expected response_mask bool of shape {wanted}, got {got}. {way_out}")
+    if first := response_mask[:, 0].nonzero().flatten().tolist():
+        way_out = "Put a prompt token before the response."
+        raise ValueError(f"sequence_logps: rows {first} score their first token, which nothing predicts. {way_out}")
+    if empty := (~response_mask.any(1)).nonzero().flatten().tolist():
         raise ValueError(f"sequence_logps: rows {empty} have no response token to score. Cut the prompt or raise max_length.")

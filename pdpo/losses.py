@@ -14,9 +14,8 @@ from pdpo.preferences import bradley_terry_logps, plackett_luce_logps
 
 
 class PairLoss(NamedTuple):
-    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached.
-
-    DRDO has no reference: its rewards are the scores that the policy's own head gives."""
+    """What a pairwise loss returns, (B,) each; the rewards are implicit, beta * (policy_logps - reference_logps), detached; of DRDO,
+    which has no reference, they are the scores that the policy's own head gives."""
 
     losses: Tensor  # nats, unreduced; carries the gradient
     chosen_rewards: Tensor
@@ -38,15 +37,10 @@ def sft_loss(policy_logps: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    offset: float | Tensor = 0.0,
-    label_smoothing: float = 0.0,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
+    *, beta: float, offset: float | Tensor = 0.0, label_smoothing: float = 0.0,
+) -> PairLoss:  # fmt: skip
     r"""DPO, and with an offset ODPO: the pair should be ranked right, by more than the offset.
 
     .. math:: \mathcal{L} = -(1 - \epsilon) \log \sigma(m - \Delta) - \epsilon \log \sigma(\Delta - m), \qquad
@@ -55,8 +49,7 @@ def dpo_loss(
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference.
           offset: scalar or (B,); the margin demanded, Delta, in units of the implicit reward. 0 is DPO. See `score_offset`.
           label_smoothing: assumed probability that a label is flipped, in [0, 0.5); 0 in the paper.
-    Returns: PairLoss. With policy == reference and no offset every loss is log 2. On mean log-probabilities, with zeros for the
-        reference's and its gamma as the offset, it is SimPO (Meng 2024, arXiv:2405.14734, Eq. 6).
+    Returns: PairLoss. With policy == reference and no offset every loss is log 2. On means, without a reference: `simpo_loss`.
     Source: Rafailov 2023, arXiv:2305.18290, Eq. 7; offset: Amini 2024, arXiv:2402.10571, Eq. 7c;
         label_smoothing: Mitchell 2023, "A note on DPO with noisy preferences"."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
@@ -81,8 +74,8 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
     Args: chosen_scores, rejected_scores: (B,) float; external scores, higher is better. "log_ratio" needs them > 0.
           alpha: strength >= 0; 0 is DPO. scale: "log" (the paper's choice), "identity" or "log_ratio".
     Returns: (B,) in units of the implicit reward; finite; no gradient.
-    Source: Amini 2024, arXiv:2402.10571, Eq. 15; the log: Section 6.1; the others: Section 7.1. Differs: Eq. 15 has the same f of
-        the difference only, while "log_ratio" (Section 7.1) takes each score by itself; the rule for ties and flipped pairs is ours."""
+    Source: Amini 2024, arXiv:2402.10571, Eq. 15; the log: Section 6.1; the others: Section 7.1. Differs: Eq. 15's f sees only the
+        difference, "log_ratio" each score by itself; the rule for ties and flipped pairs is ours."""
     if chosen_scores.shape != rejected_scores.shape:
         got = f"{tuple(chosen_scores.shape)} and {tuple(rejected_scores.shape)}"
         raise ValueError(f"score_offset: expected two score tensors of one shape, got {got}. Pass one of each per pair.")
@@ -90,16 +83,14 @@ def score_offset(chosen_scores: Tensor, rejected_scores: Tensor, *, alpha: float
         raise ValueError(f"score_offset: expected finite alpha >= 0, got {alpha}. 0 is DPO; a negative one rewards errors.")
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
     difference = chosen - rejected  # (B,)
-    bad = (~difference.isfinite()).nonzero().flatten().tolist()
-    if bad:
+    if bad := (~difference.isfinite()).nonzero().flatten().tolist():
         raise ValueError(f"score_offset: rows {bad} have scores that are not finite, or too large. Drop or mend these pairs.")
     if scale == "identity":
         return alpha * difference
     if scale == "log":
         return alpha * torch.where(difference > 0, difference, 1.0).log()
     if scale == "log_ratio":
-        negative = ((chosen <= 0) | (rejected <= 0)).nonzero().flatten().tolist()
-        if negative:
+        if negative := ((chosen <= 0) | (rejected <= 0)).nonzero().flatten().tolist():
             raise ValueError(f"score_offset: 'log_ratio' expected scores > 0, got rows {negative} with less. Shift the scores.")
         return alpha * (chosen.log() - rejected.log())
     raise ValueError(f"score_offset: expected scale 'log', 'identity' or 'log_ratio', got {scale!r}. Pass one of the three.")
@@ -132,21 +123,17 @@ def reward_model_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
 
 
 def ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor, *, beta: float,
+) -> PairLoss:  # fmt: skip
     r"""IPO: the difference of log-ratios is regressed on 1 / (2 beta), so that a pair can be ranked too well.
 
     .. math:: \mathcal{L}_\text{IPO} = \Big( \log \tfrac{\pi_\theta(y_w|x)}{\pi_\text{ref}(y_w|x)}
               - \log \tfrac{\pi_\theta(y_l|x)}{\pi_\text{ref}(y_l|x)} - \frac{1}{2 \beta} \Big)^2
 
-    Sums are what the formula says: one target for a pair, however long its responses. TRL averages over the tokens of each
-    response, which the paper's authors confirmed to be their practice. For that, pass mean log-probabilities: two responses of
-    T tokens each are then to differ by T / (2 beta) nats.
+    Sums are what the formula says: one target for a pair, however long its responses. TRL averages over the tokens of each, which
+    the paper's authors confirmed to be their practice. For that, pass mean log-probabilities: two responses of T tokens each are
+    then to differ by T / (2 beta) nats.
     Args: beta: KL strength; a larger beta keeps the policy closer to the reference. The paper's tau.
     Returns: PairLoss; losses in squared nats, 1 / (4 beta^2) where policy == reference.
     Source: Azar 2023, arXiv:2310.12036, Eq. 17."""
@@ -157,42 +144,27 @@ def ipo_loss(
 
 
 def reward_distillation_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    score_difference: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor, score_difference: Tensor, *, beta: float,
+) -> PairLoss:  # fmt: skip
     r"""e-DPO: the margin is regressed on the difference of two external scores, not on a label.
 
     .. math:: \mathcal{L} = \Big( r(x, y_w) - r(x, y_l) - \beta \log
               \frac{\pi_\theta(y_w|x) \, \pi_\text{ref}(y_l|x)}{\pi_\theta(y_l|x) \, \pi_\text{ref}(y_w|x)} \Big)^2
     Args: score_difference: (B,) chosen minus rejected score, of a reward model (or the mean of several); a constant.
-          beta: KL strength; a larger beta keeps the policy closer to the reference. It is in the scores' unit: scores ten times
-              as large want a beta ten times as large.
-    Returns: PairLoss; losses in squared units of the scores, 0 where the margin is the difference of scores. At equal scores the
-        policy is drawn to the reference's ratio.
+          beta: KL strength; a larger beta keeps the policy closer to the reference. Scores ten times as large want ten times it.
+    Returns: PairLoss; losses in squared units of the scores, 0 where the margin is the difference of scores.
     Source: Fisch 2024, arXiv:2405.19316; Nath 2024, arXiv:2410.08458, Eq. 4."""
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    _check_pairs("reward_distillation_loss", *logps, score_difference)
-    chosen_rewards, rejected_rewards = _rewards("reward_distillation_loss", *logps, beta=beta)  # (B,), (B,)
+    chosen_rewards, rejected_rewards = _rewards("reward_distillation_loss", *logps, score_difference, beta=beta)  # (B,), (B,)
     losses = (score_difference.detach() - (chosen_rewards - rejected_rewards)) ** 2
     return PairLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 
 def drdo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    student_chosen_scores: Tensor,
-    student_rejected_scores: Tensor,
-    oracle_chosen_scores: Tensor,
-    oracle_rejected_scores: Tensor,
-    *,
-    alpha: float = 0.1,
-    gamma: float = 2.0,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, student_chosen_scores: Tensor, student_rejected_scores: Tensor,
+    oracle_chosen_scores: Tensor, oracle_rejected_scores: Tensor, *, alpha: float = 0.1, gamma: float = 2.0,
+) -> PairLoss:  # fmt: skip
     r"""DRDO: the policy's own head learns the oracle's difference of scores, while the policy learns the label; no reference.
 
     .. math:: \mathcal{L} = \big( (r^*_w - r^*_l) - (\hat r_w - \hat r_l) \big)^2
@@ -203,8 +175,7 @@ def drdo_loss(
     in the paper's Eq. 34, descent raises it, and at pi(y_l) -> 1 the loss as printed has no lower bound. p_w compares sums, so that
     of two equally fluent responses the longer one looks worse.
     Args: policy_chosen_logps, policy_rejected_logps: (B,) nats, <= 0; sums over each response; carry the gradient.
-          student_chosen_scores, student_rejected_scores: (B,) of the policy's own head; carry the gradient.
-          oracle_chosen_scores, oracle_rejected_scores: (B,) of the oracle; constants.
+          student_chosen_scores, student_rejected_scores: (B,) of the policy's own head; carry the gradient. oracle_...: constants.
           alpha: >= 0, how much the label counts beside the oracle; 0 is distillation alone.
           gamma: >= 0; a larger one leaves pairs that are ranked right more alone. At 0 all pairs count alike.
     Returns: PairLoss whose rewards are the student's scores.
@@ -212,9 +183,7 @@ def drdo_loss(
     scores = (student_chosen_scores, student_rejected_scores, oracle_chosen_scores, oracle_rejected_scores)
     _check_pairs("drdo_loss", policy_chosen_logps, policy_rejected_logps, *scores)
     if not (0 <= alpha < float("inf") and 0 <= gamma < float("inf")):
-        raise ValueError(
-            f"drdo_loss: expected finite alpha >= 0 and gamma >= 0, got {alpha} and {gamma}. The paper uses 0.1 and 2."
-        )
+        raise ValueError(f"drdo_loss: expected finite alpha >= 0 and gamma >= 0, got {alpha} and {gamma}. The paper: 0.1, 2.")
     oracle_difference = (oracle_chosen_scores - oracle_rejected_scores).detach()  # (B,)
     distillation = (oracle_difference - (student_chosen_scores - student_rejected_scores)) ** 2
     focal_weight = (gamma * bradley_terry_logps(policy_rejected_logps, policy_chosen_logps)).exp()  # (1 - p_w)^gamma
@@ -258,14 +227,9 @@ def orpo_loss(policy_chosen_mean_logps: Tensor, policy_rejected_mean_logps: Tens
 
 
 def kto_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    kl: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor, kl: Tensor, *, beta: float,
+) -> PairLoss:  # fmt: skip
     r"""KTO: each response by itself is to lie above, or below, what the policy has drifted from the reference on average.
 
     .. math:: \mathcal{L} = 1 - \sigma(\hat r_w - \beta z) + 1 - \sigma(\beta z - \hat r_l), \qquad
@@ -282,14 +246,9 @@ def kto_loss(
 
 
 def slic_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    reference_chosen_logps: Tensor,
-    reference_rejected_logps: Tensor,
-    *,
-    beta: float,
-    regularization: float,
-) -> PairLoss:
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor, reference_rejected_logps: Tensor, *, beta: float, regularization: float,
+) -> PairLoss:  # fmt: skip
     r"""SLiC-HF: a hinge on the pair's own log-probabilities and a pull on a good response; the reference enters only the rewards.
 
     .. math:: \mathcal{L} = \max\Big( 0, \; \tfrac{1}{\beta} - \log \pi_\theta(y_w|x) + \log \pi_\theta(y_l|x) \Big)
@@ -317,9 +276,7 @@ def unlikelihood_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
         -log(1 - pi) of single tokens, which is bounded."""
     _check_pairs("unlikelihood_loss", policy_chosen_logps, policy_rejected_logps)
     if not 0 <= weight <= 1:
-        raise ValueError(
-            f"unlikelihood_loss: expected weight in [0, 1], got {weight}. 0 is fine-tuning on the chosen responses."
-        )
+        raise ValueError(f"unlikelihood_loss: expected weight in [0, 1], got {weight}. 0 is SFT on the chosen responses.")
     losses = -policy_chosen_logps + weight * policy_rejected_logps
     return PairLoss(losses, policy_chosen_logps.detach(), policy_rejected_logps.detach())
 
@@ -348,8 +305,7 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
     r"""Generalised advantage estimates for responses that end: the value after the last token is 0.
 
     .. math:: \hat A_t = \sum_{l \ge 0} (\gamma \lambda)^l \delta_{t+l}, \quad \delta_t = r_t + \gamma V_{t+1} - V_t
-    Args: rewards: (B, T) reward of each token; zeros after the end of a shorter response.
-          values: (B, T) what was expected from before each token on; zeros after the end. Detached here.
+    Args: rewards, values: (B, T) reward of each token, and what was expected from before it on; zeros after the end; constants.
           gamma, lam: in [0, 1]. A discount of 1 is usual for text; lam 0 trusts the values (biased), 1 the samples (variance).
     Returns: (B, T); no gradient. With gamma = lam = 1 it is the reward still to come minus the value.
     Source: Schulman 2017, arXiv:1707.06347, Eq. 11 and 12. Differs: nothing is bootstrapped at the end."""
@@ -370,9 +326,8 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
 
 def _check_beta(function: str, beta: float) -> None:
     if not 0 < beta < float("inf"):
-        raise ValueError(
-            f"{function}: expected finite beta > 0, got {beta}. beta: KL strength; a larger beta keeps the policy closer to the reference."
-        )
+        sentence = "beta: KL strength; a larger beta keeps the policy closer to the reference."
+        raise ValueError(f"{function}: expected finite beta > 0, got {beta}. {sentence}")
 
 
 def _check_pairs(function: str, *tensors: Tensor) -> None:
@@ -381,11 +336,11 @@ def _check_pairs(function: str, *tensors: Tensor) -> None:
         raise ValueError(f"{function}: expected {count} (B,) tensors, got {got}. Sum the token log-probabilities first.")
 
 
-def _rewards(function: str, *logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all five."""
-    _check_pairs(function, *logps)
+def _rewards(function: str, *tensors: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(B,) and (B,): beta * (policy_logps - reference_logps) of chosen and rejected responses, after one check of all arguments."""
+    _check_pairs(function, *tensors)
     _check_beta(function, beta)
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = logps
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = tensors[:4]
     return beta * (policy_chosen - reference_chosen), beta * (policy_rejected - reference_rejected)
 
 

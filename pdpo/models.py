@@ -103,21 +103,19 @@ def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
         if names:
-            got = f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            raise ValueError(
-                f"{name}: expected the weights of a whole {type(policy).__name__}, got {got}. The file is damaged: fetch it again."
+            got = (
+                f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged"
             )
+            raise ValueError(f"{name}: expected the weights of a whole {type(policy).__name__}, got {got}: fetch it again.")
     positions = getattr(policy.config, "max_position_embeddings", None) or context
     if positions < context:
-        raise ValueError(
-            f"{name}: expected at least {context} positions, the preset's context, got {positions}. Ask for a shorter one: "
-            f"--context {positions}, or dataclasses.replace(preset, context={positions})."
-        )
-    num_embeddings = policy.get_input_embeddings().num_embeddings
-    if tokenizer is not None and num_embeddings < len(tokenizer):
-        raise ValueError(
-            f"{name}: expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num_embeddings}. They are no pair."
-        )
+        shorter = f"--context {positions}, or dataclasses.replace(preset, context={positions})"
+        wanted = f"at least {context} positions, the preset's context, got {positions}"
+        raise ValueError(f"{name}: expected {wanted}. Ask for a shorter one: {shorter}.")
+    num = policy.get_input_embeddings().num_embeddings
+    if tokenizer is not None and num < len(tokenizer):
+        wanted = f"an embedding for each of the tokenizer's {len(tokenizer)} tokens, got {num}"
+        raise ValueError(f"{name}: expected {wanted}. They are no pair.")
     return policy
 
 
@@ -207,9 +205,8 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     name = get_preset(preset).judge
     folder = _judge_folder(name)
     if name == DEFAULT_JUDGE and (digest := file_sha256(folder / "model.safetensors")) != JUDGE_SHA256:
-        raise ValueError(
-            f"load_judge: expected {folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}. Remove that copy and load again."
-        )
+        wanted = f"{folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}"
+        raise ValueError(f"load_judge: expected {wanted}. Remove that copy and load again.")
     cache_file = cache_dir and Path(cache_dir) / hashlib.sha256(judge_digest(name).encode()).hexdigest()[:16]
     return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
 
@@ -269,14 +266,13 @@ def model_revision(name: str | None) -> str | None:
 def _require_hub(name: str, *, extra: str = "", timeout: float = 3.0) -> None:
     """ValueError, within seconds, where the model hub cannot be reached: its own client would retry for a minute."""
     address = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    absent, ways_out = f"{name}: not found on this machine, and", extra + THREE_WAYS_OUT
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise ValueError(f"{name}: not found on this machine, and HF_HUB_OFFLINE forbids the hub. {extra}{THREE_WAYS_OUT}")
+        raise ValueError(f"{absent} HF_HUB_OFFLINE forbids the hub. {ways_out}")
     if urllib.request.getproxies().keys() & {address.scheme, "all"}:
         return  # only the proxy knows what it reaches
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname, port), timeout=timeout).close()
     except OSError as error:
-        raise ValueError(
-            f"{name}: not found on this machine, and the model hub {address.hostname} cannot be reached ({error}). {extra}{THREE_WAYS_OUT}"
-        ) from None
+        raise ValueError(f"{absent} the model hub {address.hostname} cannot be reached ({error}). {ways_out}") from None

@@ -36,10 +36,8 @@ def plackett_luce_logps(scores: Tensor) -> Tensor:
     Returns: (...) nats, <= 0. For K = 2 it is `bradley_terry_logps(scores[..., 0], scores[..., 1])`.
     Source: Plackett 1975; Rafailov 2023, arXiv:2305.18290, Eq. 18 (scores in place of rewards)."""
     if scores.ndim == 0 or scores.shape[-1] < 2:
-        raise ValueError(
-            f"plackett_luce_logps: expected scores of shape (..., K) with K >= 2, got {tuple(scores.shape)}. "
-            "A ranking needs at least two responses in the last dimension."
-        )
+        why = "A ranking needs at least two responses in the last dimension."
+        raise ValueError(f"plackett_luce_logps: expected scores (..., K) with K >= 2, got {tuple(scores.shape)}. {why}")
     still_to_rank = scores.flip(-1).logcumsumexp(-1).flip(-1)  # (..., K): log sum over j >= k
     return (scores - still_to_rank).sum(-1)
 

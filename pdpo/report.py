@@ -123,8 +123,6 @@ def _paragraphs(texts: list[str]) -> str:
 
 def _table(rows) -> str:
     """An HTML table of these cells, the first row its head."""
-    lines = [
-        "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-        for tag, row in zip(itertools.chain(["th"], itertools.repeat("td")), rows, strict=False)
-    ]
+    tags = itertools.chain(["th"], itertools.repeat("td"))
+    lines = ("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for tag, row in zip(tags, rows, strict=False))
     return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"

@@ -29,20 +29,15 @@ def notebooks_dir() -> Path:
 def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int | None = None, save: bool = False) -> bool:
     """Executes notebooks and prints a line as each cell starts and ends.
 
-    Args:
-        preset: passed to the notebooks as PDPO_PRESET.
-        numbers: their numbers or first characters, such as ["06", "04b"]; ["all"]; None leaves out chapters 10 to 13, on which
-            no other builds.
-        jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
-        save: True writes the outputs into notebooks/ and the figures into figures/; False leaves both alone, and git status
-            clean. Executed copies go to runs/ either way.
-    Returns: Whether every cell of every notebook succeeded.
-    Raises: ValueError: a number that is no notebook's, and that none, or more than one, starts with."""
+    Args: preset: passed to the notebooks as PDPO_PRESET.
+          numbers: their numbers or first characters, such as ["06", "04b"]; ["all"]; None leaves out 10 to 13, on which no other builds.
+          jobs: notebooks at a time; None is one for each core, two at most, and one on a GPU.
+          save: True writes outputs into notebooks/ and figures into figures/; executed copies go to runs/ either way.
+    Returns: Whether every cell of every notebook succeeded."""
     every = sorted(notebooks_dir().glob("[0-9][0-9]*_*.ipynb"))
     core = [path for path in every if not "10" <= path.name[:2] < "14"]
     chosen = core if not numbers else every if numbers == ["all"] else [_find(number, every) for number in numbers]
-    if jobs is None:
-        jobs = 1 if device().type == "cuda" else min(num_cores(), 2)
+    jobs = jobs or (1 if device().type == "cuda" else min(num_cores(), 2))
     os.environ["PDPO_PRESET"] = preset.name  # the kernels inherit it
     os.environ["PDPO_STATIC"] = "1"  # nobody is there to move a slider; a figure is kept
     if save:
@@ -61,12 +56,10 @@ def run_notebooks(preset: Preset, numbers: list[str] | None = None, *, jobs: int
     for path, (minutes, error) in zip(chosen, results, strict=True):
         print(f"{path.stem:34} {minutes:7.1f}  {error or 'done'}")
     if from_nothing:  # else a notebook's minutes say what was kept, and not how long it takes
-        minutes = [
-            {"notebook": path.stem, "minutes": round(taken, 2)} for path, (taken, _) in zip(chosen, results, strict=True)
-        ]
-        minutes.append({"notebook": "all", "minutes": round((time.time() - began) / 60, 2)})
-        with replacing(figures_dir() / preset.name / "minutes.csv") as temporary:
-            write_csv(temporary, minutes)
+        taken = {path.stem: minutes for path, (minutes, _) in zip(chosen, results, strict=True)}
+        taken["all"] = (time.time() - began) / 60
+        rows = [{"notebook": name, "minutes": round(minutes, 2)} for name, minutes in taken.items()]
+        write_csv(figures_dir() / preset.name / "minutes.csv", rows)
     figures = sorted(path for path in figures_dir().rglob("*.png") if path.stat().st_mtime >= began)
     print(f"{(time.time() - began) / 60:.1f} minutes in all. {len(figures)} figures in {shown(figures_dir())}:")
     for path in figures:
@@ -92,27 +85,22 @@ def _find(number: str, every: list[Path]) -> Path:
 def _execute(path: Path, save: bool) -> tuple[float, str]:
     """Minutes taken, and "" or what went wrong."""
     notebook = nbformat.read(path, as_version=4)
-    num_code = sum(cell.cell_type == "code" for cell in notebook.cells)
+    of_code = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     began, started = time.monotonic(), {}
 
     def say(text: str) -> None:
         with _print_lock:
             print(f"[{path.stem.split('_')[0]}] {text}", flush=True)
 
-    def number(index: int) -> str:
-        return f"cell {sum(cell.cell_type == 'code' for cell in notebook.cells[: index + 1])}/{num_code}"
-
     def on_start(cell, cell_index):
-        if cell.cell_type != "code":
-            return
-        started[cell_index] = time.monotonic()
-        lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
-        say(f"{number(cell_index)}: {lines[0][:70] if lines else ''}")
+        if cell_index in of_code:
+            started[cell_index] = time.monotonic()
+            lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
+            say(f"cell {of_code.index(cell_index) + 1}/{len(of_code)}: {lines[0][:70] if lines else ''}")
 
     def on_executed(cell, cell_index, execute_reply):
-        seconds = time.monotonic() - started[cell_index]
-        if seconds > 5:
-            say(f"{number(cell_index)} took {seconds:.0f} s")
+        if (seconds := time.monotonic() - started[cell_index]) > 5:
+            say(f"cell {of_code.index(cell_index) + 1}/{len(of_code)} took {seconds:.0f} s")
 
     client = NotebookClient(
         notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}},
@@ -132,8 +120,7 @@ def _execute(path: Path, save: bool) -> tuple[float, str]:
                 if each.get("name") == "stderr":
                     say(f"cell {cell.execution_count} wrote to stderr: {stray(each.text)[:200]}")
     notebook.metadata.language_info = {"name": "python"}
-    targets = [runs_dir() / "notebooks" / path.name] + ([path] if save and not error else [])
-    for target in targets:
+    for target in [runs_dir() / "notebooks" / path.name, *([path] if save and not error else [])]:
         with replacing(target) as temporary:
             nbformat.write(notebook, temporary)
     return (time.monotonic() - began) / 60, error

@@ -61,20 +61,15 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
             partial, began = path.with_name(path.name + ".partial"), time.monotonic()
             on_leader(lambda: partial.mkdir(exist_ok=True))
             if not all(seen := gather(partial.is_dir())):
-                raise ValueError(
-                    f"{partial}: expected a folder that all processes see, got {seen}. Set PDPO_RUNS_DIR to one that they share."
-                )
+                wanted = f"a folder that all processes see, got {seen}. Set PDPO_RUNS_DIR to one that they share"
+                raise ValueError(f"{partial}: expected {wanted}.")
             if device().type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             facts = (build(partial) if together else on_leader(lambda: build(partial))) or {}
 
             def finish() -> None:
-                record = {
-                    "config": config,
-                    "built_by": name_of(build),
-                    "environment": environment(began) | facts,
-                    "files": file_digests(partial),
-                }
+                record = {"config": config, "built_by": name_of(build), "environment": environment(began) | facts}
+                record["files"] = file_digests(partial)
                 write_json(partial / "stage.json", record | {"digest": _digest(record)})
                 flush(partial)
                 os.replace(partial, path)
@@ -92,8 +87,7 @@ def _is_kept(path: Path) -> bool:
     """Whether the stage is there, as it was written; one that is damaged is set aside."""
     if not os.path.lexists(path):
         return False
-    reason = damage(path)
-    if reason:
+    if reason := damage(path):
         set_aside(path, reason)
     return not reason
 
@@ -105,8 +99,7 @@ def damage(path: Path, *, large: bool = False) -> str:
         if record.pop("digest") != _digest(record):
             return "stage.json is not what was written"
         for name, digest in record["files"].items():
-            is_large = (path / name).stat().st_size > LARGE
-            if is_large == large and file_sha256(path / name) != digest:
+            if ((path / name).stat().st_size > LARGE) == large and file_sha256(path / name) != digest:
                 return f"{name} is not what was written"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"damaged ({type(error).__name__}: {error})"
@@ -116,12 +109,9 @@ def damage(path: Path, *, large: bool = False) -> str:
 @functools.cache
 def check_large_files(path: Path) -> None:
     """ValueError where a stage's weights are damaged; read once a process, when they are first needed."""
-    reason = damage(path, large=True)
-    if reason:
+    if reason := damage(path, large=True):
         set_aside(path, reason)
-        raise ValueError(
-            f"{shown(path)}: this stage was damaged and has been set aside. Run the same again: it is then made anew."
-        )
+        raise ValueError(f"{shown(path)}: this stage was damaged and has been set aside. Run the same again: it is made anew.")
 
 
 def _digest(record: dict) -> str:
@@ -155,8 +145,7 @@ def environment(began: float) -> dict:
     cuda = device().type == "cuda"
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name: version for name, version in library_versions().items() if name != "tokenizers"},
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         **({"processes": world_size()} if world_size() > 1 else {}),
         "minutes": round((time.monotonic() - began) / 60, 3),
@@ -179,15 +168,13 @@ def run_all(stage: Callable, settings: list[dict]) -> list:
     On a CPU there are as many processes as cores ($PDPO_WORKERS at most), each with one of the runs; on several GPUs one for
     each. Within `joblib.parallel_config(backend="dask")`, or "ray", the runs go to that cluster, whose machines must share
     the runs folder.
-    Args: stage: a function of a module that ends in `run_stage`.
-          settings: its keyword arguments, one dict a call."""
+    Args: stage: a function of a module that ends in `run_stage`. settings: its keyword arguments, one dict a call."""
     results = [_kept(stage, setting) for setting in settings]
     missing = [i for i, result in enumerate(results) if result is None]
     made, done = _made(stage, [settings[i] for i in missing]), len(settings) - len(missing)
     made = progress(made, f"{stage.__name__} stages", total=len(settings), done=done)
-    for i, result in zip(missing, made, strict=True):
-        results[i] = result
-    return results
+    results_of = dict(zip(missing, made, strict=True))
+    return [results_of.get(i, result) for i, result in enumerate(results)]
 
 
 _only_looking: list[bool] = []
@@ -232,28 +219,25 @@ def _in_worker(stage: Callable, setting: dict, *, variables: dict[str, str], num
     transformers.logging.disable_progress_bar()
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(claim_one(torch.cuda.device_count()))
-    if parent is not None and not _watching:
-        _watching.append(threading.Thread(target=_end_with, args=(parent,), daemon=True))
-        _watching[0].start()
-    silent = (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    )  # bars would overwrite each other
-    with _one_at_a_time, silent[0], silent[1]:  # a Dask worker may have several threads, which would share torch's generator
+    if parent is not None:
+        _end_with(parent)
+    # bars would overwrite each other; a Dask worker may have several threads, which would share torch's generator
+    with _one_at_a_time, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return stage(**setting)
 
 
-_watching: list[threading.Thread] = []
 _one_at_a_time = threading.Lock()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
 _claimed: list[filelock.FileLock] = []
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def claim_one(count: int) -> int:
@@ -277,8 +261,7 @@ def claim_one(count: int) -> int:
 def num_runs_at_a_time() -> int:
     """$PDPO_WORKERS, else one for each core that is not used by this process's threads, four at most; on CUDA one a GPU.
 
-    One under torchrun, too: that has started all that there should be.
-    """
+    One under torchrun, too: that has started all that there should be."""
     if launched():
         return 1
     chosen = os.environ.get("PDPO_WORKERS", "")

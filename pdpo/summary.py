@@ -13,9 +13,7 @@ def summary(measured: list[Evaluation], num_held_out: int) -> str:
 
     Args: measured: the evaluation of the SFT policy at temperature 1, then those of what was trained from it.
           num_held_out: prompts that losses were watched on."""
-    lines = table(measured)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [line.rstrip() for line in aligned(table(measured))]
     text += [note(measured, num_held_out), *(f"note: {warning}" for warning in warnings(measured))]
     for row in side_by_side(measured):
         text.append(f"\n{row.pop('prompt')[:100]!r}")
@@ -23,10 +21,27 @@ def summary(measured: list[Evaluation], num_held_out: int) -> str:
     return "\n".join(text)
 
 
+def aligned(lines: list[list[str]], justify=str.ljust) -> list[str]:
+    """A table's lines as texts whose columns stand below one another."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(justify, line, widths)) for line in lines]
+
+
 def table(measured: list[Evaluation]) -> list[list[str]]:
     """The closing table: its head, and a line a policy."""
-    head = ["policy", "held-out loss", "ranked right", "KL", "SBERT win rate [95 %]", "tokens an answer", "n"]
-    return [head, *map(_line, measured)]
+    lines = [["policy", "held-out loss", "ranked right", "KL", "SBERT win rate [95 %]", "tokens an answer", "n"]]
+    for each in measured:
+        first, *_, last = [row for row in each.run.history if "eval_loss" in row]
+        right, wins = last.get("eval_accuracy"), each.column("win")
+        losses = f"{first['eval_loss']:.3f} -> {last['eval_loss']:.3f}"
+        numbers = [in_brackets(wins), f"{_tokens(each):.1f}", f"{len(wins)}"]
+        lines.append([each.run.method, losses, "" if right is None else f"{right:.3f}", f"{each.means['kl']:.2f}", *numbers])
+    return lines
+
+
+def in_brackets(wins) -> str:
+    """A win rate with its 95 % interval."""
+    return "{win:.3f} [{win_low:.3f}, {win_high:.3f}]".format(**with_interval("win", wins))
 
 
 def note(measured: list[Evaluation], num_held_out: int) -> str:
@@ -74,21 +89,6 @@ def warnings(measured: list[Evaluation]) -> list[str]:
                 f"{each.run.method}'s answers have {length:.0f} tokens, SFT's {tokens[0]:.0f}: its wins may be those of length."
             )
     return found
-
-
-def _line(evaluation: Evaluation) -> list[str]:
-    run, wins = evaluation.run, with_interval("win", evaluation.column("win"))
-    rows = [row for row in run.history if "eval_loss" in row]
-    right = rows[-1].get("eval_accuracy")
-    return [
-        run.method,
-        f"{rows[0]['eval_loss']:.3f} -> {rows[-1]['eval_loss']:.3f}",
-        "" if right is None else f"{right:.3f}",
-        f"{evaluation.column('kl').mean():.2f}",
-        f"{wins['win']:.3f} [{wins['win_low']:.3f}, {wins['win_high']:.3f}]",
-        f"{_tokens(evaluation):.1f}",
-        f"{len(evaluation.column('win'))}",
-    ]
 
 
 def _tokens(evaluation: Evaluation) -> float:

@@ -233,7 +233,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("person: few prompts not said", "warnings", "num < 30", "False", "summary"),
     ("person: a page's text is code", "_table", "html.escape(str(cell))", "str(cell)", "report"),
     ("person: the minutes of what is done", "progress", "total - done - number", "total - number", "progress"),
-    ("person: a line stays behind", "progress", "leave=False", "leave=True", "progress"),
+    ("person: a line stays behind", "progress", '"leave": False', '"leave": True', "progress"),
     ("person: the template ends elsewhere", "chat_template", "{{ messages[-1]['content'] | trim + eos_token }}", "{{ messages[-1]['content'] | trim }}", "encoding"),
     ("person: white space of a prompt kept", "chat_template", "{{ prompt[0]['content'] | trim }}", "{{ prompt[0]['content'] }}", "encoding"),
     ("win rate: another reference ignored", "run_win_rate", "reference or run.sft", "run.sft", "experiments"),
