@@ -16,24 +16,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "PairLoss",
-    "Preference",
-    "bradley_terry_logps",
-    "data_report",
-    "dpo_loss",
-    "gumbel_ranking",
-    "gumbel_sample",
-    "load_preferences",
-    "load_split",
-    "pairs",
-    "plackett_luce_logps",
-    "plackett_luce_loss",
-    "score_offset",
-    "sequence_logps",
-    "sft_loss",
-    "split",
-    "token_logps",
-]
+    "PairLoss", "Preference", "bradley_terry_logps", "data_report", "dpo_loss", "gumbel_ranking", "gumbel_sample",
+    "load_preferences", "load_split", "pairs", "plackett_luce_logps", "plackett_luce_loss", "score_offset", "sequence_logps",
+    "sft_loss", "split", "token_logps",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -42,15 +42,8 @@ class Preference:
         for score in self.scores or ():
             check_score("scores", score)
 
-    @property
-    def chosen(self) -> str:
-        """The better of two responses; ValueError where there are more."""
-        return self._pair()[0]
-
-    @property
-    def rejected(self) -> str:
-        """The worse of two responses; ValueError where there are more."""
-        return self._pair()[1]
+    chosen = property(lambda self: self._pair()[0], doc="The better of two responses; ValueError where there are more.")
+    rejected = property(lambda self: self._pair()[1], doc="The worse of two responses; ValueError where there are more.")
 
     def _pair(self) -> tuple[str, ...]:
         if len(self.responses) != 2:
@@ -123,9 +116,10 @@ def identical(record: Preference) -> bool:
     return len(set(record.responses)) == 1
 
 
-def split(
-    records: list[Preference], *, seed: int, fractions: tuple[float, float, float] = (0.85, 0.05, 0.10)
-) -> tuple[list[Preference], list[Preference], list[Preference]]:
+Split = tuple[list[Preference], list[Preference], list[Preference]]  # train, validation, test
+
+
+def split(records: list[Preference], *, seed: int, fractions: tuple[float, float, float] = (0.85, 0.05, 0.10)) -> Split:
     """Train, validation and test, these fractions of the prompts: no prompt is in two parts, and duplicates stay together.
 
     Returns: Three lists, each in the order of `records`, which does not matter for which prompt goes where."""
@@ -146,7 +140,7 @@ def split(
 
 
 @in_key
-def load_split(path_or_name: str | Path) -> tuple[list[Preference], list[Preference], list[Preference]]:
+def load_split(path_or_name: str | Path) -> Split:
     """The split that every stage and notebook uses: train, validation, test of one data set, with the fixed seed 0.
 
     Records whose responses are all one text are left out (`data_report` counts them in what `load_preferences` gives)."""
@@ -188,20 +182,16 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
         response has more tokens than the worst), leaked_prompts (also in held_out)."""
     limit = max_length or tokenizer.model_max_length
     prompts, held_out_prompts = ({record.prompt.strip() for record in part} for part in (records, held_out))
-    best, worst, prompt_lengths, truncated, too_long = [], [], [], 0, 0
+    lengths, truncated, too_long = [], 0, 0  # of prompt, best and worst response
     for record in records:
         encoded = [encode(tokenizer, record.prompt, text, max_length=10**9) for text in record.responses]
-        best.append(len(encoded[0].input_ids) - encoded[0].num_prompt)
-        worst.append(len(encoded[-1].input_ids) - encoded[-1].num_prompt)
-        prompt_lengths.append(encoded[0].num_prompt)
+        ends = (len(each.input_ids) - each.num_prompt for each in (encoded[0], encoded[-1]))
+        lengths.append((encoded[0].num_prompt, *ends))
         fits = all(response_fits(each, limit) for each in encoded)
         too_long += not fits
         truncated += fits and any(len(each.input_ids) > limit for each in encoded)
-    scored = [record.scores for record in records if record.scores is not None]
-
-    def mean(values):
-        return sum(values) / max(len(values), 1)
-
+    scored, num = [record.scores for record in records if record.scores is not None], max(len(records), 1)
+    prompt, best, worst = (sum(column) / num for column in zip(*lengths or [(0, 0, 0)], strict=True))
     return {
         "rows": len(records),
         "unique_prompts": len(prompts),
@@ -211,11 +201,9 @@ def data_report(records: list[Preference], tokenizer, *, max_length: int | None 
         "flipped": sum(scores[0] < scores[-1] for scores in scored),
         "truncated": truncated,
         "too_long": too_long,
-        "prompt_tokens": round(mean(prompt_lengths), 1),
-        "best_tokens": round(mean(best), 1),
-        "worst_tokens": round(mean(worst), 1),
-        "length_gap": round(mean(best) - mean(worst), 1),
-        "best_longer": round(mean([b > w for b, w in zip(best, worst, strict=True)]), 3),
+        **{"prompt_tokens": round(prompt, 1), "best_tokens": round(best, 1), "worst_tokens": round(worst, 1)},
+        "length_gap": round(best - worst, 1),
+        "best_longer": round(sum(b > w for _, b, w in lengths) / num, 3),
         "leaked_prompts": len(held_out_prompts & prompts),
     }
 

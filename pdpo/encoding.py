@@ -58,8 +58,8 @@ def encode(tokenizer, prompt: str, response: str, *, max_length: int | None = No
     Special tokens spelled out in a text stay text. A token across the junction counts as the response's; this template's
     newline prevents that for GPT-2's. What is beyond max_length (None: the tokenizer's own limit) is cut from the left of the
     prompt; ValueError where the response, its EOS and one prompt token do not fit."""
-    whole = _tokenized(tokenizer, [(prompt, response)])
-    return _cut(whole, [response], max_length or tokenizer.model_max_length, len(first_ids(tokenizer)))[0]
+    limit, num_first = max_length or tokenizer.model_max_length, len(first_ids(tokenizer))
+    return _cut(_tokenized(tokenizer, [(prompt, response)]), [response], limit, num_first)[0]
 
 
 def _tokenized(tokenizer, texts: list[tuple[str, str]]) -> list[Encoded]:
@@ -80,11 +80,9 @@ def _cut(sequences: list[Encoded], responses, limit: int, num_first: int) -> lis
     """The responses to one prompt in at most `limit` tokens each: one cut for all, so that the loss compares them given one x."""
     for encoded, response in zip(sequences, responses, strict=True):
         if not response_fits(encoded, limit):
-            num = len(encoded.input_ids) - encoded.num_prompt
-            raise ValueError(
-                f"encode: expected a response of at most {limit - 1} tokens with its EOS, got {num} for {response[:60]!r}. "
-                "Responses are never cut: shorten it, drop the row or raise max_length."
-            )
+            got = f"{len(encoded.input_ids) - encoded.num_prompt} for {response[:60]!r}"
+            way_out = "Responses are never cut: shorten it, drop the row or raise max_length."
+            raise ValueError(f"encode: expected a response of at most {limit - 1} tokens with its EOS, got {got}. {way_out}")
     surplus = max(len(each.input_ids) for each in sequences) - limit
     if surplus <= 0:
         return sequences
@@ -108,9 +106,8 @@ def encode_records(tokenizer, records, *, max_length: int | None = None) -> list
         except ValueError as error:
             too_long.append((number, error))
     if too_long:
-        numbers = [number for number, _ in too_long]
-        shown = f"{numbers[:10]}{' and more' if len(numbers) > 10 else ''}"
-        raise ValueError(f"rows {shown} ({len(numbers)} in all) do not fit. The first: {too_long[0][1]}")
+        shown = f"{[number for number, _ in too_long[:10]]}{' and more' if len(too_long) > 10 else ''}"
+        raise ValueError(f"rows {shown} ({len(too_long)} in all) do not fit. The first: {too_long[0][1]}")
     return rows
 
 

@@ -41,11 +41,9 @@ def export_trl(preset: Preset | str, target: Path, *, beta: float, method: str =
     """Writes SFT policy, pairs and a config with which `trl dpo` goes on where `run_preference` would: see README above.
 
     Args: preset: data, model, steps, batch size and learning rate; its SFT stage is trained where it is missing.
-          target: a new folder; it appears when it is complete.
+          target: a new folder, which appears when it is complete; returned. method: "dpo"; the others are refused.
           beta: KL strength; a larger beta keeps the policy closer to the reference.
-          method: "dpo"; the others are refused.
           seed: of the SFT stage, of which pairs are drawn and of their order.
-    Returns: target.
     Source: trl 1.16.0, trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset; transformers 5.23, optimization.py."""
     check_new_folder(target)
     if method != "dpo":
@@ -102,31 +100,18 @@ def _trl_tokens(tokenizer, row: dict) -> list[Encoded]:
 def _settings(config: TrainConfig, *, max_length: int) -> dict:
     """dpo.yaml: fields of trl's ModelConfig, DatasetMixtureConfig and DPOConfig. Paths are relative to its folder."""
     return {
-        "model_name_or_path": "./policy",
-        "dtype": "float32",
+        "model_name_or_path": "./policy", "dtype": "float32", "output_dir": "./trained",
         "datasets": [{"path": "json", "data_files": "train.jsonl"}],
         "train_sampling_strategy": "sequential",  # the rows lie in our order
-        "max_length": max_length,
-        "loss_type": ["sigmoid"],
-        "beta": config.beta,
-        "max_steps": config.steps,
-        "per_device_train_batch_size": config.batch_size,
-        "learning_rate": config.lr,
+        "max_length": max_length, "loss_type": ["sigmoid"], "beta": config.beta,
+        "max_steps": config.steps, "per_device_train_batch_size": config.batch_size, "learning_rate": config.lr,
         "lr_scheduler_type": "cosine_warmup_with_min_lr",  # the one whose warm-up is ours; others begin at 0
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": max(round(config.warmup * config.steps), 1),
-        "optim": "adamw_torch_fused",
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "disable_dropout": True,
-        "gradient_checkpointing": False,
-        "bf16": config.precision == "bfloat16",
-        "fp16": config.precision == "float16",
-        "seed": config.seed,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "output_dir": "./trained",
-    }
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": max(round(config.warmup * config.steps), 1),
+        "optim": "adamw_torch_fused", "weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm,
+        "disable_dropout": True, "gradient_checkpointing": False,
+        "bf16": config.precision == "bfloat16", "fp16": config.precision == "float16",
+        "seed": config.seed, "logging_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
 
 
 def _yaml(value) -> str:

@@ -45,8 +45,7 @@ def save_figure(figure: Figure, path: str | Path, rows: list[dict], *, info: dic
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"save_figure: expected rows, all with the same keys, got {len(rows)} for {path}. Pass what is drawn.")
     target = figures_dir() / path
-    with replacing(target.with_name(target.name + ".csv")) as temporary:
-        write_csv(temporary, rows)
+    write_csv(target.with_name(target.name + ".csv"), rows)
     with replacing(target.with_name(target.name + ".png")) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     if info is not None:
@@ -87,14 +86,8 @@ def committed_rows(path: str, *, command: str) -> list[dict]:
 def slider(draw: Callable, *, values: Sequence, start, label: str) -> None:
     """A slider that redraws a figure; a figure at `start` where ipywidgets is missing or PDPO_STATIC is set.
 
-    Args:
-        draw: called with one value; makes a figure with `plt.subplots`.
-        values: the slider's positions, in order; what `draw` is called with.
-        start: the first position, one of values.
-        label: the slider's name, with its unit.
-    Raises:
-        ValueError: start is not one of values.
-    """
+    Args: draw: called with one value; makes a figure with `plt.subplots`. values: the slider's positions, in order.
+          start: the first position, one of values. label: the slider's name, with its unit."""
     if start not in values:
         raise ValueError(f"slider: expected start to be one of the values, got {start!r}. Pass one of {list(values)}.")
     if os.environ.get("PDPO_STATIC") or find_spec("ipywidgets") is None:
@@ -141,9 +134,9 @@ def sft_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
 
 def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
     """Held-out loss and KL of preference `experiments.Run`s per epoch: a column a method, a line a beta (the report's Fig. 3)."""
+    keys = ("epoch", "eval_loss", "eval_kl")
     rows = [
-        {"method": run.method, "beta": run.beta, "seed": run.seed}
-        | {key: row[key] for key in ("epoch", "eval_loss", "eval_kl")}
+        {"method": run.method, "beta": run.beta, "seed": run.seed} | {key: row[key] for key in keys}
         for run in runs
         for row in run.history
         if "eval_kl" in row
@@ -154,14 +147,9 @@ def training_curves(runs: list, *, title: str) -> tuple[Figure, list[dict]]:
         for style, beta in enumerate(sorted({row["beta"] for row in rows})):
             mine = [row for row in rows if row["method"] == method and row["beta"] == beta]
             epochs = sorted({row["epoch"] for row in mine})
-            for line, key in enumerate(("eval_loss", "eval_kl")):
-                band(
-                    grid[line, column],
-                    epochs,
-                    by_seed(mine, key),
-                    style=style,
-                    label="no beta" if beta is None else f"beta {beta:g}",
-                )
+            label = "no beta" if beta is None else f"beta {beta:g}"
+            for axes, key in zip(grid[:, column], ("eval_loss", "eval_kl"), strict=True):
+                band(axes, epochs, by_seed(mine, key), style=style, label=label)
         grid[0, column].set_title(method.upper())
         grid[1, column].set_xlabel("epoch")
     grid[0, 0].set_ylabel("held-out loss (nats a pair)")
@@ -194,11 +182,7 @@ ROAD = [
 
 
 def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
-    """The way from data to measures as boxes, with the notebooks that cover each; the figure and its rows.
-
-    Args:
-        title: the figure's claim.
-    """
+    """The way from data to measures as boxes, with the notebooks that cover each, and the figure's claim as title; and its rows."""
     figure, axes = plt.subplots(figsize=(11.0, 2.6))
     for x, (name, what, notebooks) in enumerate(ROAD):
         box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": STYLES[0]["color"], "linewidth": 1.5}
@@ -206,9 +190,8 @@ def roadmap(*, title: str) -> tuple[Figure, list[dict]]:
         axes.text(x, 0.55, what, ha="center", va="center", fontsize=8.5)
         axes.text(x, 0.15, notebooks, ha="center", va="center", fontsize=8.5, color=STYLES[1]["color"])
         if x > 0:
-            axes.annotate(
-                "", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops={"arrowstyle": "->", "color": "0.3", "linewidth": 1.5}
-            )
+            arrow = {"arrowstyle": "->", "color": "0.3", "linewidth": 1.5}
+            axes.annotate("", (x - 0.42, 1.0), (x - 0.62, 1.0), arrowprops=arrow)
     axes.set(xlim=(-0.6, len(ROAD) - 0.4), ylim=(0.0, 1.3), title=title)
     axes.axis("off")
     return figure, [{"step": name, "what": what.replace("\n", " "), "notebooks": notebooks} for name, what, notebooks in ROAD]
@@ -272,92 +255,12 @@ def frontier_curves(rows: list[dict], *, ylabel: str, title: str) -> tuple[Figur
         axes.errorbar(*columns(mine, "kl", "score"), **errors, elinewidth=0.7, capsize=2, label=method, **look)
         place = {"xytext": (-5, 7), "ha": "right"} if style % 2 == 0 else {"xytext": (5, -11)}  # clear of the other line's
         beside = {"textcoords": "offset points", "fontsize": 7, "color": look["color"], "zorder": 5, **place}
+        beside["path_effects"] = [withStroke(linewidth=2, foreground="white")]
         for row in mine:
             label = row.get("label", "" if row["beta"] is None else f"{row['beta']:g}")
-            axes.annotate(
-                label, (row["kl"], row["score"]), **beside, path_effects=[withStroke(linewidth=2, foreground="white")]
-            )
+            axes.annotate(label, (row["kl"], row["score"]), **beside)
     axes.set(xlabel="KL(policy || reference) (nats a response)", ylabel=ylabel)
     numbers = "" if any("label" in row for row in rows) else "numbers: beta; "
     axes.set_title(f"{title}\n({numbers}bars: 95 % intervals over seeds and prompts)")
     axes.legend()
     return figure, rows
-
-
-DARK = {
-    "figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117", "savefig.facecolor": "#0d1117", "text.color": "#e6edf3",
-    "axes.labelcolor": "#e6edf3", "axes.edgecolor": "#8b949e", "xtick.color": "#8b949e", "ytick.color": "#8b949e",
-}  # fmt: skip
-INK = {  # on white, on black
-    "SFT": ("#24292f", "#e6edf3"), "DPO": ("#cc4125", "#ff9e80"), "ODPO": ("#0b5394", "#79c0ff"),
-    "best of N": ("#7f6000", "#e3b341"), "SFT on the best": ("#674ea7", "#d2a8ff"), "ceiling": ("#8c959f", "#6e7681"),
-}  # fmt: skip
-
-
-def signature(rows: list[dict], *, dark: bool = False) -> Figure:
-    """The figure that README begins with: score against KL of DPO and ODPO between where they start and what no policy can pass.
-
-    Args:
-        rows: of figures/<preset>/09_baselines.csv, numbers as float, what has no beta None.
-        dark: for a page with a dark background.
-    """
-    ink = {method: both[dark] for method, both in INK.items()}
-    of = {method: [row for row in rows if row["method"] == method] for method in INK}
-    with plt.rc_context((DARK if dark else {}) | {"font.size": 12, "axes.linewidth": 0.8}):
-        figure, axes = plt.subplots(figsize=(11.0, 4.0))
-        right = 1.08 * max(row["kl_high"] for row in rows)
-        kl, score = np.array(
-            sorted([(0.0, of["SFT"][0]["score"]), *zip(*columns(of["ceiling"], "kl", "score"), strict=True)])
-        ).T
-        axes.fill_between(kl, score, 10.0, color=ink["ceiling"], alpha=0.15, linewidth=0)
-        axes.plot(kl, score, color=ink["ceiling"], linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.axhline(of["SFT"][0]["score"], color=ink["SFT"], linewidth=0.8, linestyle=(0, (1, 3)))
-        for method, marker in (("DPO", "s"), ("ODPO", "o"), ("best of N", "v"), ("SFT on the best", "D"), ("SFT", "o")):
-            look = {"color": ink[method], "marker": marker, "markersize": 7, "linewidth": 2.2}
-            errors = {"xerr": interval(of[method], "kl"), "yerr": interval(of[method], "score")}
-            axes.errorbar(*columns(of[method], "kl", "score"), **errors, elinewidth=0.8, **look)
-        for row in of["best of N"][1:]:  # the first has no room
-            axes.annotate(
-                row["label"],
-                (row["kl"], row["score"]),
-                xytext=(10, -10),
-                textcoords="offset points",
-                color=ink["best of N"],
-                fontsize=10,
-            )
-        say = {"fontsize": 12, "va": "center"}
-        best = max(of["ODPO"], key=lambda row: row["score"])
-        for method, up in (("ODPO", 0.3), ("DPO", -0.35)):  # beside the line that leads away from its highest point
-            top, next_one = sorted(of[method], key=lambda row: row["kl"])[-3:-1]
-            where = ((top[key] + next_one[key]) / 2 for key in ("kl", "score"))
-            axes.text(next(where), next(where) + up, method, color=ink[method], weight="bold", ha="center", **say)
-        axes.text(best["kl"] + 1.2, best["score"] + 0.45, f"below beta {best['beta']:g}: further, not higher", **say)
-        axes.text(
-            0.12, of["SFT"][0]["score"] - 0.22, "SFT, where they start: it imitates good and bad alike", color=ink["SFT"], **say
-        )
-        far = of["SFT on the best"][0]
-        axes.text(
-            far["kl"] - 0.12,
-            far["score"] + 0.85,
-            "imitation of the best response alone:\nhigher, but another policy",
-            color=ink["SFT on the best"],
-            ha="center",
-            **say,
-        )
-        axes.text(
-            2.1,
-            of["best of N"][-1]["score"] - 0.55,
-            "best of N samples of SFT, chosen by the true score",
-            color=ink["best of N"],
-            **say,
-        )
-        axes.text(0.06, 9.6, "out of reach\nat this KL", color=ink["ceiling"], fontsize=10, va="center")
-        axes.text(right, 4.3, "bars: 95 % intervals over seeds and prompts", color=ink["ceiling"], fontsize=10, ha="right")
-        axes.set(
-            xlim=(-0.12, right),
-            ylim=(4.2, 10.0),
-            xlabel="KL from the reference (nats a response)",
-            ylabel="true score (1 to 10)",
-        )
-        axes.set_title("What preferences gain, and what they leave", loc="left", fontsize=15, weight="bold", pad=10)
-    return figure

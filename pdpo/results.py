@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +39,9 @@ class Run:
     history: list[dict] = field(repr=False)
     parent: "Run | None" = field(default=None, repr=False)
 
-    @property
-    def method(self) -> str:
-        return self.train.method
-
-    @property
-    def beta(self) -> float | None:
-        return self.train.beta
-
-    @property
-    def seed(self) -> int:
-        return self.train.seed
+    method = property(lambda self: self.train.method)
+    beta = property(lambda self: self.train.beta)
+    seed = property(lambda self: self.train.seed)
 
     @property
     def sft(self) -> "Run":
@@ -70,21 +63,15 @@ class Run:
         return f"<Run {self.title}: {self.train.steps} steps{f', KL {kl[-1]:.3g} nats' if kl else ''}>"
 
     def _repr_html_(self) -> str:
-        steps, losses = self.measured("eval_loss")
-        kl, losses_seen = self.measured("eval_kl")[1], self.measured("loss")[1]
-        facts = {
-            "method": self.method,
-            "beta": "none" if self.beta is None else f"{self.beta:g}",
-            "seed": f"{self.seed}",
-            "steps": f"{self.train.steps}",
-            "training loss": f"{losses_seen[0]:.3f} to {losses_seen[-1]:.3f}" if losses_seen else "",
-            "held-out loss": f"{losses[0]:.3f} to {losses[-1]:.3f}" if losses else "",
-            "KL from the reference": f"{kl[-1]:.3g} nats a response" if kl else "",
-            "minutes": f"{minutes(self.path):.2g}",
-            "kept in": shown(self.path),
-        }
-        drawn = curve(steps, losses, label="held-out loss")
-        return card(self.title, {key: value for key, value in facts.items() if value}, drawn)
+        (steps, losses), (_, kl) = self.measured("eval_loss"), self.measured("eval_kl")
+        facts = {"method": self.method, "beta": "none" if self.beta is None else f"{self.beta:g}", "seed": f"{self.seed}"}
+        facts["steps"] = f"{self.train.steps}"
+        for name, key in (("training loss", "loss"), ("held-out loss", "eval_loss")):
+            values = self.measured(key)[1]
+            facts |= {name: f"{values[0]:.3f} to {values[-1]:.3f}"} if values else {}
+        facts |= {"KL from the reference": f"{kl[-1]:.3g} nats a response"} if kl else {}
+        facts |= {"minutes": f"{minutes(self.path):.2g}", "kept in": shown(self.path)}
+        return card(self.title, facts, curve(steps, losses, label="held-out loss"))
 
     def load_policy(self) -> torch.nn.Module:
         """The trained policy, on this machine's device."""
@@ -162,39 +149,35 @@ class RewardModel:
     num_pairs: int
 
     def __repr__(self) -> str:
-        right = f"{np.mean(self.held_out > 0.5):.3f} of {len(self.held_out)}"
-        return f"<RewardModel of {self.num_pairs} pairs on {self.sft.title}: ranks {right} held-out pairs right>"
+        return f"<RewardModel of {self.num_pairs} pairs on {self.sft.title}: ranks {self._right} right>"
 
     def _repr_html_(self) -> str:
-        facts = {
-            "fitted to": f"{self.num_pairs} training pairs",
-            "ranks right": f"{np.mean(self.held_out > 0.5):.3f} of {len(self.held_out)} held-out pairs",
-            "expected calibration error": f"{calibration(self.held_out)[1]:.3f}",
-            "kept in": shown(self.path),
-        }
+        facts = {"fitted to": f"{self.num_pairs} training pairs", "ranks right": self._right}
+        facts |= {"expected calibration error": f"{calibration(self.held_out)[1]:.3f}", "kept in": shown(self.path)}
         return card(f"reward model on {self.sft.title}", facts)
 
     def __str__(self) -> str:
-        return (
-            f"a reward model fitted to {self.num_pairs} training pairs; it ranks {np.mean(self.held_out > 0.5):.3f} of "
-            f"{len(self.held_out)} held-out pairs right, with an expected calibration error of {calibration(self.held_out)[1]:.3f}"
-        )
+        error = f"an expected calibration error of {calibration(self.held_out)[1]:.3f}"
+        return f"a reward model fitted to {self.num_pairs} training pairs; it ranks {self._right} right, with {error}"
+
+    @property
+    def _right(self) -> str:
+        return f"{np.mean(self.held_out > 0.5):.3f} of {len(self.held_out)} held-out pairs"
 
     def scorer(self) -> Callable[[list[Sample]], torch.Tensor]:
         """A function of samples that gives their scores, (N,) in nats, by a network that is loaded once."""
-        policy, preset = self.sft.load_policy(), self.sft.preset
-        options = {"batch_size": preset.micro_batch_size, "precision": preset.precision}
-        return lambda samples: torch.tensor(
-            response_scores(policy, [[each.encoded] for each in samples], self.weights, **options)
-        )[:, 0]
+        scores = self._scores()
+        return lambda samples: torch.tensor(scores([[each.encoded] for each in samples]))[:, 0]
 
     def scored(self, records: list[Preference]) -> list[Preference]:
         """The records with its scores, in nats: a difference is the log-odds that it gives to that order."""
-        encoded, preset = encode_records(self.sft.load_tokenizer(), records), self.sft.preset
-        scores = response_scores(
-            self.sft.load_policy(), encoded, self.weights, batch_size=preset.micro_batch_size, precision=preset.precision
-        )
+        scores = self._scores()(encode_records(self.sft.load_tokenizer(), records))
         return [replace(record, scores=values) for record, values in zip(records, scores, strict=True)]
+
+    def _scores(self) -> Callable:
+        policy, preset = self.sft.load_policy(), self.sft.preset
+        options = {"weights": self.weights, "batch_size": preset.micro_batch_size, "precision": preset.precision}
+        return partial(response_scores, policy, **options)
 
 
 def minutes(path: Path) -> float:
@@ -205,8 +188,7 @@ def minutes(path: Path) -> float:
 def run_info(preset: Preset, stages: list) -> dict:
     """What a figure was made with: its preset, data, model and seeds, the machine of each stage, minutes, peak memory.
 
-    Args: preset: of the stages.
-          stages: Runs and Evaluations that the figure was drawn from."""
+    stages: Runs and Evaluations that the figure was drawn from."""
     records = [read_json(stage.path / "stage.json") for stage in stages]
     environments = [record["environment"] for record in records]
     together = {

@@ -19,9 +19,8 @@ def bootstrap_interval(values, *, level: float = 0.95, num_resamples: int = 2000
         complex survey data"."""
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2) or values.shape[-1] < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            f"bootstrap_interval: expected at least 2 finite values, (N,) or (S, N), got {values.shape}. Average samples first."
-        )
+        wanted = f"at least 2 finite values, (N,) or (S, N), got {values.shape}"
+        raise ValueError(f"bootstrap_interval: expected {wanted}. Average samples first.")
     of_seed = np.atleast_2d(values)  # (S, N)
     rng = np.random.default_rng(seed)
     prompts = rng.integers(of_seed.shape[1], size=(num_resamples, of_seed.shape[1]))

@@ -13,8 +13,6 @@ import pytest  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pdpo import plots  # noqa: E402
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -39,7 +37,7 @@ def test_a_block_is_filled_whatever_stood_there_and_a_missing_one_is_named(resul
 
 def test_the_first_figures_claims_hold_in_the_table_it_is_drawn_from(results):
     rows = results.rows_of(results.TINY / "09_baselines.csv")
-    of = {name: [row for row in rows if row["method"] == name] for name in plots.INK}
+    of = {name: [row for row in rows if row["method"] == name] for name in results.INK}
     (start,), (alone,) = of["SFT"], of["SFT on the best"]
     for name in ("DPO", "ODPO"):
         best = max(of[name], key=lambda row: row["score"])
@@ -64,7 +62,7 @@ def test_the_first_figure_is_drawn_from_todays_table(results, name):
 
 def test_the_first_figure_shows_every_row_once(results):
     rows = results.rows_of(results.TINY / "09_baselines.csv")
-    figure = plots.signature(rows)
+    figure = results.signature(rows)
     (axes,) = figure.axes
     drawn = {(round(x, 6), round(y, 6)) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)}
     plt.close(figure)
