@@ -131,6 +131,11 @@ class _Clean(ast.NodeTransformer):
         shown = isinstance(node.func, ast.Name) and node.func.id == "progress" and node.args
         return self.visit(node.args[0]) if shown else self.generic_visit(node)
 
+    def visit_If(self, node: ast.If):
+        if isinstance(node.body[-1], ast.Raise) and all(isinstance(each, ast.Assign) for each in node.body[:-1]):
+            node.body = node.body[-1:]  # the assignments hold parts of the error's text
+        return self.generic_visit(node)
+
     def visit_Raise(self, node: ast.Raise):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return ast.Raise(raised, None)

@@ -71,6 +71,7 @@ UNSEEN = {
     "layout": SOURCES | {module: ast.unparse(ast.parse(source)) for module, source in SOURCES.items()},
     "an annotation": changed("sampling", "temperature: float", "temperature: int | float"),
     "the text of an error": changed("encoding", "expected", "wanted"),
+    "a part of the text of an error": changed("encoding", "Responses are never cut", "No response is cut"),
     "the text of a print": changed("training", "runs on padded batches", "is run on padded batches"),
     "plots": changed("plots", "def ", "def _"),
     "how progress looks": changed("progress", "mininterval=1.0", "mininterval=2.0"),
