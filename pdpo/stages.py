@@ -42,8 +42,8 @@ def runs_dir() -> Path:
     return checkout_folder("runs", "PDPO_RUNS_DIR")
 
 
-def run_stage(group: str, name: str, determinants: dict, build: Callable, *, together: bool = False) -> tuple[Path, dict]:
-    """The folder of a finished stage, built by build(folder) where it is not there yet, and its configuration.
+def run_stage(group: str, name: str, determinants: dict, build: Callable, *, together: bool = False) -> Path:
+    """The folder of a finished stage, built by build(folder) where it is not there yet.
 
     What build returns, if anything, goes on record beside the environment. Of a `distributed.process_group`, whose processes
     must see the same runs folder, the leader looks, locks, builds and writes while the others wait; `together`, all build."""
@@ -52,7 +52,7 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
     key = _digest(config)[:10]
     path = runs_dir() / group / f"{name}-{key}"
     if on_leader(lambda: _is_kept(path)):
-        return path, config
+        return path
     if _only_looking:
         raise Missing(name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def run_stage(group: str, name: str, determinants: dict, build: Callable, *, tog
                 os.replace(partial, path)
 
             on_leader(finish)
-    return path, config
+    return path
 
 
 def library_versions() -> dict[str, str]:

@@ -147,15 +147,15 @@ def quick(tmp_path, monkeypatch):
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     """The methods of the trainings that begin in this process, in their order."""
-    from pdpo import experiments
+    from pdpo import making
 
-    begun, train = [], experiments.train
+    begun, train = [], making.train
 
     def counted(policy, rows, config, **options):
         begun.append(config.method)
         return train(policy, rows, config, **options)
 
-    monkeypatch.setattr(experiments, "train", counted)
+    monkeypatch.setattr(making, "train", counted)
     return begun
 
 

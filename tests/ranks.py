@@ -88,7 +88,7 @@ def stage_steps() -> list[str]:
     seen = []
     for _ in range(2):
         stages.run_stage("group", "of the leader", {}, lambda folder: seen.append("built alone"))
-        folder, _ = stages.run_stage("group", "of all", {}, lambda folder: seen.append("built together"), together=True)
+        folder = stages.run_stage("group", "of all", {}, lambda folder: seen.append("built together"), together=True)
         seen.append(f"holds {[each.name for each in folder.iterdir()]}")
     return seen
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from pdpo import experiments, toy, training
+from pdpo import experiments, making, toy, training
 from pdpo.presets import Preset, TrainConfig
 from pdpo.stages import Missing, _only_looking
 
@@ -73,8 +73,8 @@ def run_sft(*, log: str, killed_once: bool = False, **setting):
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(*arguments, **options)
 
-    train, train_step, steps = experiments.train, training.train_step, []
-    with mock.patch.object(experiments, "train", logged), mock.patch.object(training, "train_step", step):
+    train, train_step, steps = making.train, training.train_step, []
+    with mock.patch.object(making, "train", logged), mock.patch.object(training, "train_step", step):
         return experiments.run_sft(**setting)
 
 
@@ -101,7 +101,7 @@ def announce_steps() -> None:
 
 
 def wait_at(barrier: Path) -> None:
-    train = experiments.train
+    train = making.train
 
     def waiting(*arguments, **options):
         with open(barrier, "a") as file:
@@ -110,7 +110,7 @@ def wait_at(barrier: Path) -> None:
             time.sleep(0.01)
         return train(*arguments, **options)
 
-    experiments.train = waiting
+    making.train = waiting
 
 
 if __name__ == "__main__":

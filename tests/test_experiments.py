@@ -11,7 +11,7 @@ from conftest import same_weights
 from transformers import AutoModelForCausalLM
 
 import pdpo
-from pdpo import experiments, models
+from pdpo import experiments, making, models
 from pdpo.encoding import encode_records
 from pdpo.evaluation import last_hidden
 from pdpo.experiments import copy_run, run_oracle, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
@@ -52,11 +52,12 @@ def keys(quick, tmp_path, monkeypatch):
 
     def note(group, name, determinants, build, **_):
         found[name.split("-")[0]] = repr(determinants)
-        return tmp_path / f"{name}-{hash(repr(determinants))}", {}
+        return tmp_path / f"{name}-{hash(repr(determinants))}"
 
     stored = {"weights": [], "held_out": []}
     monkeypatch.setattr(experiments, "run_stage", note)
-    monkeypatch.setattr(experiments, "read_json", lambda path: stored)
+    for module in (experiments, making):
+        monkeypatch.setattr(module, "read_json", lambda path: stored)
 
     def of(preset, seed=0, temperature=1.0, **changes) -> dict[str, str]:
         found.clear()
@@ -166,8 +167,8 @@ def unscored(quick):
 
 @pytest.mark.parametrize("method", ["odpo", "edpo"])
 def test_without_scores_those_of_the_reward_model_are_taken_which_is_said(unscored, capsys, monkeypatch, method):
-    seen, train = [], experiments.train
-    monkeypatch.setattr(experiments, "train", lambda policy, rows, *a, **o: seen.append(rows) or train(policy, rows, *a, **o))
+    seen, train = [], making.train
+    monkeypatch.setattr(making, "train", lambda policy, rows, *a, **o: seen.append(rows) or train(policy, rows, *a, **o))
     run = run_dpo(unscored, method=method)
     said = capsys.readouterr().out
     assert f"{method}: " in said and "no scores" in said and "held-out pairs right" in said

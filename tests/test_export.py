@@ -12,7 +12,7 @@ import stages
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pdpo import experiments, export
+from pdpo import experiments, export, making
 from pdpo.__main__ import main
 from pdpo.encoding import Encoded
 from pdpo.export import export_trl
@@ -54,7 +54,7 @@ def training(many_steps, monkeypatch):
         raise Stop(rows, config)
 
     sft = experiments.run_sft(many_steps, seed=1)
-    monkeypatch.setattr(experiments, "train", stop)
+    monkeypatch.setattr(making, "train", stop)
     with pytest.raises(Stop) as stopped:
         experiments.run_preference(sft, method="dpo", beta=0.3)
     return stopped.value.args

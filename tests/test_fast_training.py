@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from pdpo import experiments, training
+from pdpo import experiments, making, training
 from pdpo.checkpoint import fitting_micro_batch
 from pdpo.device import choose_precision
 from pdpo.encoding import Encoded
@@ -165,7 +165,7 @@ def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pa
     sft = experiments.run_sft(preset)
     others = num_models()
     monkeypatch.setattr(training, "train_step", counting_step)
-    monkeypatch.setattr(experiments, "with_reference_logps", counting_pass)
+    monkeypatch.setattr(making, "with_reference_logps", counting_pass)
     runs = [
         experiments.run_preference(sft, method=method, beta=beta, steps=1, num_evaluations=1)
         for method, beta in (("dpo", 0.1), ("dpo", 0.3), ("odpo", 0.3))

@@ -40,7 +40,7 @@ def now():
         ("sft preference reward_model win_rate", "models", "super().forward(hidden.float())", "super().forward(hidden)"),
         ("sft preference reward_model", "encoding", "TEMPLATE = ", 'TEMPLATE = "" + '),
         ("reward_model", "evaluation", "weight_decay * weights", "2 * weight_decay * weights"),
-        ("reward_model", "experiments", ".diff(dim=1).neg()", ".diff(dim=1)"),
+        ("reward_model", "making", ".diff(dim=1).neg()", ".diff(dim=1)"),
         ("sft preference reward_model", "preferences", "import logsigmoid", "import softplus as logsigmoid"),
         ("win_rate", "experiments", "record.responses[-1] for", "record.responses[1] for"),
         ("win_rate", "evaluation", "TIE = 1e-6", "TIE = 1e-2"),
@@ -78,7 +78,7 @@ UNSEEN = {
     "what a bar is called": changed("evaluation", '"features of the reward model"', '"features"'),
     "what a preset holds": changed("presets", "0.3, 0.7, 1.0)", "0.3, 0.8, 1.0)"),
     "another loss": changed("losses", "def ppo_loss(", "def ppo_loss_2("),
-    "what a notebook alone calls": changed("experiments", "if len(found) > 1]", "if len(found) > 2]"),
+    "what a notebook alone calls": changed("experiments", "if len(found) > 1}", "if len(found) > 2}"),
     "a definition in another file": moved(),
     "another order": SOURCES | {"losses": ast.unparse(ast.Module(ast.parse(SOURCES["losses"]).body[::-1], []))},
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from conftest import same_weights, wait_until
 
 import pdpo.stages
-from pdpo import __main__, experiments, presets, training
+from pdpo import __main__, experiments, making, presets, training
 from pdpo.experiments import run_sft, start
 from pdpo.stages import num_runs_at_a_time, run_all, runs_dir
 
@@ -80,7 +80,7 @@ def test_two_processes_that_need_one_stage_train_it_once_and_the_other_says_what
 
 def test_a_stage_that_fails_leaves_its_lock_free(quick, monkeypatch, trained):
     with monkeypatch.context() as broken:
-        broken.setattr(experiments, "_train", None)
+        broken.setattr(experiments, "train_in", None)
         with pytest.raises(TypeError):
             run_sft(quick)
     assert run_sft(quick).path.is_dir() and trained == ["sft"]
@@ -173,7 +173,7 @@ def test_the_command_line_sweeps_on_a_cluster_also_of_one_worker(quick, cluster,
     monkeypatch.setattr(experiments, "run_win_rate", stages.run_win_rate)
     arguments = ["sweep", "--preset", "tiny", "--method", "sft", "dpo", "--beta", "0.1", "0.5", "--out"]
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(experiments, "train", None)  # this process makes nothing
+        elsewhere.setattr(making, "train", None)  # this process makes nothing
         assert __main__.main([*arguments, str(tmp_path / "cluster.csv"), "--scheduler", cluster.scheduler_address]) == 0
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "serial"))
     assert __main__.main([*arguments, str(tmp_path / "serial.csv")]) == 0

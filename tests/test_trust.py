@@ -17,7 +17,7 @@ from conftest import same_weights, wait_until
 from safetensors.torch import load_file, save_file
 
 import pdpo
-from pdpo import __main__, experiments, files, kept, models
+from pdpo import __main__, experiments, files, kept, making, models
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.files import is_whole, read_sealed, source_digest, write_sealed
 from pdpo.stages import check_large_files, runs_dir
@@ -248,7 +248,7 @@ REFUSED = [
 @pytest.mark.parametrize("arguments, words", REFUSED, ids=[" ".join(each[0])[:40] for each in REFUSED])
 def test_bad_input_is_refused_in_one_line_before_anything_is_trained(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.setattr(experiments, "train", None)
+    monkeypatch.setattr(making, "train", None)
     places = {"tmp": tmp_path, "file": write_rows(tmp_path / "rows.jsonl")}
     places["few"] = write_rows(tmp_path / "few.jsonl", 15)
     places["equal"] = write_rows(tmp_path / "equal.jsonl", chosen="Nothing.")
@@ -266,7 +266,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_trained(tmp_path, c
 @pytest.mark.parametrize("workers", ["0", "-1", "abc", "1.5", "²"])
 def test_a_senseless_number_of_workers_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, workers):
     monkeypatch.setenv("PDPO_WORKERS", workers)
-    monkeypatch.setattr(experiments, "train", None)
+    monkeypatch.setattr(making, "train", None)
     assert __main__.main(["train", "--preset", "small", "--data", write_rows(tmp_path / "rows.jsonl")]) == 2
     assert "PDPO_WORKERS: expected a number of processes" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ pytest.importorskip("trl", reason="trl is not installed; the first lines of this
 from trl import DPOTrainer
 from trl.scripts import dpo
 
-from pdpo import experiments, training
+from pdpo import experiments, making, training
 from pdpo.__main__ import main
 from pdpo.presets import PRESETS
 
@@ -82,7 +82,7 @@ def test_every_pair_that_trl_tokenises_is_ours(exported, preset, monkeypatch):
         raise Stop
 
     sft = experiments.run_sft(preset)
-    monkeypatch.setattr(experiments, "train", stop)
+    monkeypatch.setattr(making, "train", stop)
     with pytest.raises(Stop):
         experiments.run_preference(sft, method="dpo", beta=BETA / 2)  # another beta: not there yet; the same pairs
     theirs, size = trainers[0].train_dataset, preset.preference.batch_size
