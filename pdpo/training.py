@@ -1,7 +1,6 @@
 r"""Training: `train_step` is the algorithm, `train` is the schedule. One code for SFT and for preferences.
 
-beta: KL strength; a larger beta keeps the policy closer to the reference.
-"""
+beta: KL strength; a larger beta keeps the policy closer to the reference."""
 
 import math
 import time
@@ -12,27 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pdpo import losses as formulas
 from pdpo.checkpoint import Checkpoint, Memory
 from pdpo.data import Preference
 from pdpo.device import autocast
 from pdpo.distributed import broadcast_weights, gather, on_leader, share, sum_gradients, summed, world_size
 from pdpo.encoding import Encoded, collate, encode_records
 from pdpo.logps import sequence_logps
-from pdpo.losses import (
-    dpo_loss,
-    drdo_loss,
-    ipo_loss,
-    kto_loss,
-    orpo_loss,
-    plackett_luce_loss,
-    reward_distillation_loss,
-    reward_model_loss,
-    score_offset,
-    sft_loss,
-    simpo_loss,
-    slic_loss,
-    unlikelihood_loss,
-)
 from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
 from pdpo.progress import progress
 from pdpo.trees import supports_trees, tree_logps
@@ -43,21 +28,15 @@ ORACLE_ALPHA = 0.01  # Nath 2024, arXiv:2410.08458, Eq. 5 and its footnote 5: ho
 
 @dataclass(frozen=True)
 class Row:
-    """What one loss term needs: one encoded response (SFT) or K of one prompt, best first.
+    """What one loss term needs: one encoded response (SFT) or K of one prompt, best first."""
 
-    Attributes:
-        sequences: K encoded responses; for KTO the third is another prompt's, which its KL is measured on.
-        offset: the margin that is demanded: ODPO's offset (0 is DPO), or the difference of scores that e-DPO and DRDO regress on.
-        reference_logps: K numbers in nats, once `with_reference_logps` has run.
-    """
+    sequences: tuple[Encoded, ...]  # K; for KTO the third is another prompt's, which its KL is measured on
+    offset: float = (
+        0.0  # the margin that is demanded: ODPO's (0 is DPO), or the difference of scores that e-DPO and DRDO regress on
+    )
+    reference_logps: tuple[float, ...] | None = None  # K numbers in nats, once `with_reference_logps` has run
 
-    sequences: tuple[Encoded, ...]
-    offset: float = 0.0
-    reference_logps: tuple[float, ...] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(each.input_ids) for each in self.sequences)
+    num_tokens = property(lambda self: sum(len(each.input_ids) for each in self.sequences))
 
 
 def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -> list[Row]:
@@ -67,14 +46,13 @@ def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -
     scored = [i for i, record in enumerate(records) if record.scores is not None]
     regressed = config.method in ("edpo", "drdo")
     if regressed and len(scored) < len(records):
-        raise ValueError(
-            f"preference_rows: {config.method} expected scores for all {len(records)} records, got {len(scored)}. Score the others."
-        )
+        got = f"{len(records)} records, got {len(scored)}"
+        raise ValueError(f"preference_rows: {config.method} expected scores for all {got}. Score the others.")
     if (regressed or config.method == "odpo") and scored:
         scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
         is_control = config.offset_scale == "mean" and not regressed
         scale = "identity" if regressed else "log" if is_control else config.offset_scale
-        values = score_offset(scores[:, 0], scores[:, 1], alpha=1.0 if regressed else config.alpha, scale=scale)
+        values = formulas.score_offset(scores[:, 0], scores[:, 1], alpha=1.0 if regressed else config.alpha, scale=scale)
         values = values.mean().expand(len(scored)) if is_control else values
         for i, value in zip(scored, values.tolist(), strict=True):
             offsets[i] = value
@@ -121,8 +99,7 @@ def shared_policy_logps(policy, rows: list[Row], *, precision: str = "float32") 
 def fastest_logps(policy, rows: list[Row]) -> Callable:
     """`shared_policy_logps`, or `policy_logps` where the two differ on this policy; then it prints why.
 
-    Both are tried on two of the rows, the longest among them: no list of architectures could be complete.
-    """
+    Both are tried on two of the rows, the longest among them: no list of architectures could be complete."""
     tried = [rows[0], max(rows, key=lambda row: row.num_tokens)]
     policy.eval()
     with torch.no_grad():
@@ -141,9 +118,8 @@ def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, p
     logps_of = fastest_logps(reference, rows)
     reference.eval()
     known: dict[int, list[float]] = {}
-    for part in progress(
-        micro_batches(share(len(rows)), rows, micro_batch_size, logps_of), "log-probabilities of the reference"
-    ):
+    parts = micro_batches(share(len(rows)), rows, micro_batch_size, logps_of)
+    for part in progress(parts, "log-probabilities of the reference"):
         logps = logps_of(reference, [rows[i] for i in part], precision=precision)
         known |= zip(part, logps.tolist(), strict=True)
     for of_one_process in gather(known):
@@ -151,16 +127,14 @@ def with_reference_logps(reference, rows: list[Row], *, micro_batch_size: int, p
     return [replace(row, reference_logps=tuple(known[i])) for i, row in enumerate(rows)]
 
 
-def row_losses(
-    policy, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps
-) -> tuple[Tensor, dict[str, Tensor]]:
+def row_losses(policy, rows: list[Row], config: TrainConfig, *, logps_of: Callable = policy_logps) -> tuple[Tensor, dict]:
     """(B,) losses of some rows, with the gradient, and (B,) detached measurements of them."""
     if config.method in WITH_HEAD:
         logps, scores = scored_logps(policy, rows, precision=config.precision)  # (B, 2), (B, 2)
     else:
         logps = logps_of(policy, rows, precision=config.precision)  # (B, K)
     if config.method == "sft":
-        return sft_loss(logps[:, 0]), {}
+        return formulas.sft_loss(logps[:, 0]), {}
     offset = torch.tensor([row.offset for row in rows], device=logps.device)  # (B,)
     summed_logps = logps.detach()
     per_token = torch.ones_like(logps)
@@ -171,37 +145,39 @@ def row_losses(
     if config.method not in WITHOUT_REFERENCE:
         reference_logps = torch.tensor([row.reference_logps for row in rows], device=logps.device) * per_token  # (B, K)
     if config.method == "oracle":
-        losses = (1 - ORACLE_ALPHA) * reward_model_loss(*scores.unbind(1)) - ORACLE_ALPHA * logps[:, 0]
+        losses = (1 - ORACLE_ALPHA) * formulas.reward_model_loss(*scores.unbind(1)) - ORACLE_ALPHA * logps[:, 0]
         chosen, rejected = scores.detach().unbind(1)
     elif config.method == "drdo":
         oracle = (offset, torch.zeros_like(offset))  # only their difference counts
         strength = {"alpha": config.drdo_alpha, "gamma": config.drdo_gamma}
-        losses, chosen, rejected = drdo_loss(*logps.unbind(1), *scores.unbind(1), *oracle, **strength)
+        losses, chosen, rejected = formulas.drdo_loss(*logps.unbind(1), *scores.unbind(1), *oracle, **strength)
     elif config.method == "simpo":
         strength = {"scale": config.simpo_scale, "offset": config.simpo_offset}
-        losses, chosen, rejected = simpo_loss(*logps.unbind(1), **strength)
+        losses, chosen, rejected = formulas.simpo_loss(*logps.unbind(1), **strength)
     elif config.method in ("unlikelihood", "preferred-ft"):
         weight = config.unlikelihood_weight if config.method == "unlikelihood" else 0.0
-        losses, chosen, rejected = unlikelihood_loss(*logps.unbind(1), weight=weight)
+        losses, chosen, rejected = formulas.unlikelihood_loss(*logps.unbind(1), weight=weight)
     elif config.method == "orpo":
-        losses, chosen, rejected = orpo_loss(*logps.unbind(1), weight=config.orpo_weight)
+        losses, chosen, rejected = formulas.orpo_loss(*logps.unbind(1), weight=config.orpo_weight)
     elif config.method == "plackett_luce":
-        losses = plackett_luce_loss(logps, reference_logps, beta=config.beta)
+        losses = formulas.plackett_luce_loss(logps, reference_logps, beta=config.beta)
         rewards = config.beta * (logps - reference_logps).detach()
         chosen, rejected = rewards[:, 0], rewards[:, -1]
     else:
         pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
         if config.method == "slic":
-            losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+            losses, chosen, rejected = formulas.slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
         elif config.method == "ipo":
-            losses, chosen, rejected = ipo_loss(*pair, beta=config.beta)
+            losses, chosen, rejected = formulas.ipo_loss(*pair, beta=config.beta)
         elif config.method == "kto":
             kl = (logps[:, 2] - reference_logps[:, 2]).mean().clamp(min=0)  # of a micro batch
-            losses, chosen, rejected = kto_loss(*pair, kl, beta=config.beta)
+            losses, chosen, rejected = formulas.kto_loss(*pair, kl, beta=config.beta)
         elif config.method == "edpo":
-            losses, chosen, rejected = reward_distillation_loss(*pair, offset, beta=config.beta)
+            losses, chosen, rejected = formulas.reward_distillation_loss(*pair, offset, beta=config.beta)
         else:
-            losses, chosen, rejected = dpo_loss(*pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing)
+            losses, chosen, rejected = formulas.dpo_loss(
+                *pair, beta=config.beta, offset=offset, label_smoothing=config.label_smoothing
+            )
     margins = chosen - rejected
     # a margin of zero up to rounding, as at the start, is half right: else the first accuracy would be noise
     accuracy = torch.where(margins.abs() < 1e-4, 0.5, (margins > 0).float())
@@ -215,13 +191,11 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `rows`, in micro batches whose gradients add up to that of one large batch.
 
-    Args:
-        policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and computes its share.
-        logps_of: `policy_logps`, or what `fastest_logps` gives.
-        scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
+    Args: policy, optimizer, rows, config: as in `train`; of several processes each is given all rows and computes its share.
+          logps_of: `policy_logps`, or what `fastest_logps` gives.
+          scaler: a GradScaler, for float16, which would round small gradients to zero; None scales nothing.
     Returns: loss (nats; for SFT per token, else per row), grad_norm before clipping (inf where the scaler left the step out),
-        and for preferences the means of margin, accuracy, chosen_reward, rejected_reward, chosen_logp and rejected_logp.
-    """
+        and for preferences the means of margin, accuracy, chosen_reward, rejected_reward, chosen_logp and rejected_logp."""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     policy.train()
     optimizer.zero_grad(set_to_none=True)
@@ -235,10 +209,8 @@ def train_step(
     record = summed({key: float(value) for key, value in totals.items()}) | {"grad_norm": float(grad_norm)}
     scale_too_high = scaler.is_enabled() and scaler.get_scale() > 1  # the scaler then halves it and leaves this step out
     if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scale_too_high):
-        raise ValueError(
-            f"train_step: expected a finite loss and gradient, got loss {record['loss']}, grad_norm {record['grad_norm']}. "
-            "Lower the learning rate, or train in float32."
-        )
+        got = f"loss {record['loss']}, grad_norm {record['grad_norm']}. Lower the learning rate, or train in float32."
+        raise ValueError(f"train_step: expected a finite loss and gradient, got {got}")
     scaler.step(optimizer)
     scaler.update()
     return record
@@ -265,16 +237,9 @@ def _partial_sums(policy, rows: list[Row], config: TrainConfig, logps_of: Callab
 
 
 def train(
-    policy,
-    rows: list[Row],
-    config: TrainConfig,
-    *,
-    held_out: list[Row] = (),
-    measure=None,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 30.0,
-    show_progress: bool = True,
-) -> list[dict]:
+    policy, rows: list[Row], config: TrainConfig, *, held_out: list[Row] = (), measure=None,
+    checkpoint: Path | None = None, checkpoint_seconds: float = 30.0, show_progress: bool = True,
+) -> list[dict]:  # fmt: skip
     """Trains `policy` in place; with a checkpoint file, goes on where a killed run stopped and ends with the same bits.
 
     In a `distributed.process_group` all processes call this with the same arguments, and get the same history.
@@ -291,13 +256,11 @@ def train(
         checkpoint_seconds: at most this much work is lost; 0 saves after each step.
         show_progress: a bar, and before a run of minutes a line that says how many.
     Returns: History, one dict an optimizer step: step, epoch, loss, lr, grad_norm, ... Measurements stand in the dict of the
-        step after which they were made; step 0 holds those from before the first.
-    """
+        step after which they were made; step 0 holds those from before the first."""
     _check_rows(rows, config)
     if config.method in WITH_HEAD and not hasattr(policy, "reward_head"):
-        raise ValueError(
-            f"train: {config.method} expected a policy with a reward head, got one without. See models.with_reward_head."
-        )
+        wanted = "a policy with a reward head, got one without"
+        raise ValueError(f"train: {config.method} expected {wanted}. See models.with_reward_head.")
     logps_of = policy_logps if config.method in WITH_HEAD else fastest_logps(policy, rows)
     memory = Memory(policy, rows, config)
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
@@ -346,8 +309,7 @@ def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> li
     """The rows of one step: a pure function of (seed, step), so that a resumed run sees what an unbroken one would.
 
     Epochs are shuffled one by one and laid end to end; a batch may span two. No grouping by length: on data in which length
-    goes with quality, that would bias each step.
-    """
+    goes with quality, that would bias each step."""
     indices, position = [], step * batch_size
     while len(indices) < batch_size:
         epoch, start = divmod(position, num_rows)
@@ -367,8 +329,7 @@ def drawn_rows(num_rows: int, config: TrainConfig) -> list[int]:
 def micro_batches(indices, rows: list[Row], max_sequences: int, logps_of: Callable) -> list[list[int]]:
     """Cuts one batch into parts of at most max_sequences sequences (at least one row).
 
-    They are sorted by length, so that the plain path pads less, or by their tokens, so that trees share more.
-    """
+    They are sorted by length, so that the plain path pads less, or by their tokens, so that trees share more."""
     on_trees = logps_of is shared_policy_logps
     parts: list[list[int]] = []
     size = 0
@@ -384,23 +345,20 @@ def micro_batches(indices, rows: list[Row], max_sequences: int, logps_of: Callab
 def _check_rows(rows: list[Row], config: TrainConfig) -> None:
     if not rows:
         raise ValueError("train: expected at least one row to train on, got none. Is the training split empty?")
-    if config.batch_size < world_size():
-        raise ValueError(
-            f"train: expected a batch_size of at least {world_size()}, the number of processes, got {config.batch_size}. "
-            "Start fewer processes or raise batch_size."
-        )
+    if config.batch_size < (num := world_size()):
+        got = f"the number of processes, got {config.batch_size}. Start fewer processes or raise batch_size."
+        raise ValueError(f"train: expected a batch_size of at least {num}, {got}")
     if config.method == "sft":
         return
     missing = [i for i in drawn_rows(len(rows), config) if rows[i].reference_logps is None]
     if missing and config.method not in WITHOUT_REFERENCE:
         raise ValueError(
-            f"train: rows {missing[:10]} have no reference_logps. Run with_reference_logps(reference, rows) first."
+            f"train: rows {missing[:10]} have no reference_logps: run with_reference_logps(reference, rows) first."
         )
     sizes = {len(row.sequences) for row in rows}
     if config.method == "plackett_luce":
         if len(sizes) > 1 or min(sizes) < 2:
             raise ValueError(f"train: expected one K >= 2 for all rankings, got K in {sorted(sizes)}. Group the data by K.")
     elif sizes != {3 if config.method == "kto" else 2}:
-        raise ValueError(
-            f"train: {config.method} expected rows with K = 2 responses, got K in {sorted(sizes)}. Use data.pairs."
-        )
+        got = f"K in {sorted(sizes)}. Use data.pairs."
+        raise ValueError(f"train: {config.method} expected rows with K = 2 responses, got {got}")
