@@ -70,8 +70,7 @@ def load_checkpoint(path: Path, config: dict) -> dict | None:
 class Memory:
     """How many sequences a step takes at a time: at first what free memory is estimated to hold, half of that once it did not.
 
-    Attributes:
-        config: the run's, with the micro batch that fits; its gradients add up to the same."""
+    `config` is the run's, with the micro batch that fits; its gradients add up to the same."""
 
     def __init__(self, policy, rows: list, config: TrainConfig):
         self.device = next(policy.parameters()).device

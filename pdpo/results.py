@@ -24,20 +24,13 @@ from pdpo.statistics import calibration
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training stage.
+    """A finished training stage."""
 
-    Attributes:
-        path: its folder: policy/ (save_pretrained, with the tokenizer; DRDO's reward_head.json), history.json, stage.json.
-        preset: sizes, data and machine that it ran with.
-        train: its hyperparameters.
-        history: one dict an optimizer step; see `training.train`.
-        parent: the SFT run that it started from, which is its reference; None for an SFT run."""
-
-    path: Path
-    preset: Preset
-    train: TrainConfig
-    history: list[dict] = field(repr=False)
-    parent: "Run | None" = field(default=None, repr=False)
+    path: Path  # its folder: policy/ (save_pretrained, with the tokenizer; DRDO's reward_head.json), history.json, stage.json
+    preset: Preset  # sizes, data and machine that it ran with
+    train: TrainConfig  # its hyperparameters
+    history: list[dict] = field(repr=False)  # one dict an optimizer step; see `training.train`
+    parent: "Run | None" = field(default=None, repr=False)  # the SFT run that it started from; None for an SFT run
 
     method = property(lambda self: self.train.method)
     beta = property(lambda self: self.train.beta)
@@ -133,20 +126,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A finished reward-model stage.
+    """A finished reward-model stage."""
 
-    Attributes:
-        path: its folder.
-        sft: whose last hidden state it reads; DRDO's oracle reads its own.
-        weights: (D,) of the linear head.
-        held_out: (P,) the probability that it gives to the true order of each pair of the test split.
-        num_pairs: it was fitted to."""
-
-    path: Path
-    sft: Run
-    weights: torch.Tensor
-    held_out: np.ndarray
-    num_pairs: int
+    path: Path  # its folder
+    sft: Run  # whose last hidden state it reads; DRDO's oracle reads its own
+    weights: torch.Tensor  # (D,) of the linear head
+    held_out: np.ndarray  # (P,) the probability that it gives to the true order of each pair of the test split
+    num_pairs: int  # it was fitted to
 
     def __repr__(self) -> str:
         return f"<RewardModel of {self.num_pairs} pairs on {self.sft.title}: ranks {self._right} right>"

@@ -123,15 +123,12 @@ def calibration(probabilities, *, num_bins: int = 5) -> tuple[list[dict], float]
 
 @dataclass(frozen=True)
 class Frontier:
-    """One method measured at several betas. S seeds, B betas, N test prompts.
-
-    kl: (S, B, N) nats a response, each a mean over the prompt's samples. score: (S, B, N), gold on `toy`, else the SBERT win.
-    stages: the evaluations it was read from, for `experiments.run_info`."""
+    """One method measured at several betas. S seeds, B betas, N test prompts."""
 
     betas: tuple[float, ...]
-    kl: np.ndarray
-    score: np.ndarray
-    stages: tuple = ()
+    kl: np.ndarray  # (S, B, N) nats a response, each a mean over the prompt's samples
+    score: np.ndarray  # (S, B, N), gold on `toy`, else the SBERT win
+    stages: tuple = ()  # the evaluations it was read from, for `experiments.run_info`
 
     def __repr__(self) -> str:
         kl, score = self.points()
