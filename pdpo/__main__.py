@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     sweep.add_argument("--out", type=Path, help="a new CSV file for the table; the frontier is drawn beside it")
     sweep.add_argument(
-        "--scheduler", metavar="ADDRESS", help="of a Dask cluster that makes the runs; default: this machine does"
+        "--scheduler", metavar="ADDRESS", help="a Dask cluster's, which makes the runs; default: this machine does"
     )
     export = commands.add_parser("export-trl", help="SFT, then a folder for `trl dpo` to go on", parents=[_training(), one])
     export.add_argument("target", type=Path, metavar="DIR", help="a new folder")

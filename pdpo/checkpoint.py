@@ -91,9 +91,7 @@ class Memory:
                 size, reason = self.config.micro_batch_size, str(error).splitlines()[0]
             if size < self.limit or size == 1 or world_size() > 1:
                 times = "" if world_size() > 1 else " twice, the last time"
-                way_out = (
-                    "Close other programs on this device, set a smaller micro_batch_size or context, or use a smaller model."
-                )
+                way_out = "Close other programs on this device, lower micro_batch_size or context, or use a smaller model."
                 raise ValueError(f"train: out of memory{times} with micro batches of {size} sequences ({reason}). {way_out}")
             print(f"train: out of memory with micro batches of {size} sequences; going on with {size // 2}")
             self.config = replace(self.config, micro_batch_size=size // 2)

@@ -231,10 +231,9 @@ def sample(options: argparse.Namespace) -> int:
         if not options.chat:
             print(prompt)
         for folder, (policy, tokenizer) in policies.items():
-            found = sampling.sample(
-                policy, tokenizer, [prompt], temperature=options.temperature, seed=options.seed, num_samples=options.samples,
-                max_new_tokens=min(options.max_new_tokens, tokenizer.model_max_length // 2),
-            )  # fmt: skip
+            length = min(options.max_new_tokens, tokenizer.model_max_length // 2)
+            noise = {"temperature": options.temperature, "seed": options.seed, "num_samples": options.samples}
+            found = sampling.sample(policy, tokenizer, [prompt], max_new_tokens=length, **noise)
             name = f"{folder.name}: " if len(policies) > 1 else ""
             for each in found:
                 print(f"  {name}{each.text}" + ("" if each.finished else " ..."))

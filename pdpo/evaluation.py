@@ -72,7 +72,7 @@ def toy_grades(samples: list[Sample]) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64, precision: str = "float32") -> torch.Tensor:
+def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64, precision: str = "float32") -> Tensor:
     """(B, K, D) float32, on the CPU: the policy's last hidden state at the end (EOS) of each of K responses of B records."""
     sequences = [each for record in responses for each in record]
     features = torch.zeros(len(sequences), policy.config.hidden_size)
@@ -86,7 +86,7 @@ def last_hidden(policy, responses: list[list[Encoded]], *, batch_size: int = 64,
     return features.view(len(responses), -1, features.shape[1])
 
 
-def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> torch.Tensor:
+def fit_reward_head(features: Tensor, *, weight_decay: float = 1e-3, steps: int = 50) -> Tensor:
     """A linear reward model on the frozen SFT policy, fitted to pairs by the Bradley-Terry loss with L-BFGS.
 
     Args: features: (B, 2, D), chosen first (`last_hidden`).
@@ -108,7 +108,7 @@ def fit_reward_head(features: torch.Tensor, *, weight_decay: float = 1e-3, steps
 
 
 def response_scores(
-    policy, responses: list[list[Encoded]], weights: torch.Tensor, *, batch_size: int = 64, precision: str = "float32"
+    policy, responses: list[list[Encoded]], weights: Tensor, *, batch_size: int = 64, precision: str = "float32"
 ) -> list[tuple[float, ...]]:
     """The linear head's score of each response of each record, in nats; records may have different numbers of them."""
     scores: list[tuple[float, ...]] = [()] * len(responses)

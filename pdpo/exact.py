@@ -95,10 +95,8 @@ def best_of_n_bound(n: int) -> float:
 def all_responses(num_symbols: int, length: int) -> Tensor:
     """Every response of `length` symbols: (num_symbols ** length, length) int64, in the order of counting."""
     if num_symbols < 2 or length < 1 or num_symbols**length > 10_000:
-        got = f"{num_symbols} and {length}"
-        raise ValueError(
-            f"all_responses: expected num_symbols >= 2, length >= 1, at most 10,000 responses, got {got}. Try 4, 4."
-        )
+        got = f"at most 10,000 responses, got {num_symbols} and {length}. Try 4, 4."
+        raise ValueError(f"all_responses: expected num_symbols >= 2, length >= 1, {got}")
     return torch.cartesian_prod(*[torch.arange(num_symbols)] * length).view(-1, length)
 
 

@@ -13,10 +13,8 @@ def token_logps(logits: Tensor, input_ids: Tensor) -> Tensor:
     if logits.ndim != 3 or input_ids.shape != logits.shape[:2]:
         got = f"{tuple(logits.shape)} and {tuple(input_ids.shape)}"
         raise ValueError(f"token_logps: expected logits (B, T, V) and input_ids (B, T), got {got}. Pass both unshifted.")
-    if input_ids.shape[1] < 2:
-        raise ValueError(
-            f"token_logps: expected at least 2 tokens a row, got {input_ids.shape[1]}. The first is never predicted."
-        )
+    if (num := input_ids.shape[1]) < 2:
+        raise ValueError(f"token_logps: expected at least 2 tokens a row, got {num}. The first token is never predicted.")
     # float32 whatever the autocast: bf16 keeps 8 bits, too few for a difference of sums of log-probabilities
     log_probs = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
     return log_probs.gather(2, input_ids[:, 1:, None]).squeeze(2)  # (B, T-1)

@@ -44,9 +44,8 @@ def train_tokenizer(records, *, vocab_size: int) -> PreTrainedTokenizerFast:
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    options = {"special_tokens": [EOS], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     texts = (TEMPLATE.format(prompt=record.prompt) + text for record in records for text in record.responses)
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS)
@@ -103,9 +102,7 @@ def _whole(preset: Preset, tokenizer) -> torch.nn.Module:
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(each[0] if isinstance(each, tuple) else each) for each in info[f"{kind}_keys"])
         if names:
-            got = (
-                f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). The file is damaged"
-            )
+            got = f"{len(names)} {kind} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). It is damaged"
             raise ValueError(f"{name}: expected the weights of a whole {type(policy).__name__}, got {got}: fetch it again.")
     positions = getattr(policy.config, "max_position_embeddings", None) or context
     if positions < context:

@@ -76,9 +76,8 @@ class Package:
         """Of a function by its __qualname__, also of one defined within another."""
         tree = ast.Module([each.tree for (where, _), found in self.defined.items() if where == module for each in found], [])
         for part in qualified_name.replace(".<locals>", "").split("."):
-            tree = next(
-                node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part
-            )
+            inner = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+            tree = next(node for node in inner if node.name == part)
         return Definition(module, tree)
 
     def reached(self, start: Definition) -> set[str]:

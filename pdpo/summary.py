@@ -68,10 +68,8 @@ def warnings(measured: list[Evaluation]) -> list[str]:
     losses = [row["eval_loss"] for row in sft.history if "eval_loss" in row]
     if losses[-1] > 1.02 * min(losses):
         step = next(row["step"] for row in sft.history if row.get("eval_loss") == min(losses))
-        found.append(
-            f"SFT's held-out loss was lowest at step {step} ({min(losses):.3f}, at the end {losses[-1]:.3f}): it overfits; "
-            f"try --sft-steps {max(step, 1)}."
-        )
+        seen = f"lowest at step {step} ({min(losses):.3f}, at the end {losses[-1]:.3f})"
+        found.append(f"SFT's held-out loss was {seen}: it overfits; try --sft-steps {max(step, 1)}.")
     for each in measured:
         interval = with_interval("win", each.column("win"))
         low, high, num = interval["win_low"], interval["win_high"], len(each.column("win"))
@@ -85,9 +83,8 @@ def warnings(measured: list[Evaluation]) -> list[str]:
     tokens = [_tokens(each) for each in measured]
     for each, length in zip(measured[1:], tokens[1:], strict=True):
         if not 2 / 3 < length / tokens[0] < 1.5:
-            found.append(
-                f"{each.run.method}'s answers have {length:.0f} tokens, SFT's {tokens[0]:.0f}: its wins may be those of length."
-            )
+            lengths = f"{each.run.method}'s answers have {length:.0f} tokens, SFT's {tokens[0]:.0f}"
+            found.append(f"{lengths}: its wins may be those of length.")
     return found
 
 
