@@ -100,31 +100,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig(TrainConfig):
-    """What PPO and RLOO have beside that: here the details that matter are switched. Scores have a standard deviation of 1.
+    """What PPO and RLOO have beside that: here the details that matter are switched. Scores have a standard deviation of 1."""
 
-    Attributes:
-        batch_size: prompts a step; num_samples: responses sampled for each of them.
-        num_epochs, num_parts: how often each step goes through its samples, and in how many parts, an optimizer step each.
-        clip, value_clip: see `ppo_loss` and `value_loss`; value_clip None clips no values.
-        value_weight, entropy_weight: of the value loss, and of the entropy, beside the policy's loss.
-        gamma, lam: see `gae`.
-        whiten: advantages get mean 0 and standard deviation 1 in each step.
-        kl_in: "reward": each token's reward is -beta times its log-ratio, the last one's also the score; "loss": beta times an
-            estimate of the KL (Schulman's k3) is added to the loss, and the reward is the score alone.
-        no_eos_penalty: what is taken off the score of a response that did not end."""
-
-    num_samples: int = 4
-    num_epochs: int = 2
-    num_parts: int = 2
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    value_weight: float = 0.1
-    entropy_weight: float = 0.0
-    gamma: float = 1.0
+    num_samples: int = 4  # responses sampled for each of the batch_size prompts of a step
+    num_epochs: int = 2  # how often each step goes through its samples,
+    num_parts: int = 2  # and in how many parts, an optimizer step each
+    clip: float = 0.2  # see `ppo_loss`
+    value_clip: float | None = 0.2  # see `value_loss`; None clips no values
+    value_weight: float = 0.1  # of the value loss beside the policy's loss
+    entropy_weight: float = 0.0  # of the entropy beside it
+    gamma: float = 1.0  # see `gae`
     lam: float = 0.95
-    whiten: bool = True
+    whiten: bool = True  # advantages get mean 0 and standard deviation 1 in each step
+    # "reward": each token's reward is -beta times its log-ratio, the last one's also the score; "loss": beta times an estimate of
+    # the KL (Schulman's k3) is added to the loss, and the reward is the score alone
     kl_in: str = "reward"
-    no_eos_penalty: float = 1.0
+    no_eos_penalty: float = 1.0  # what is taken off the score of a response that did not end
 
     def __post_init__(self):
         super().__post_init__()
