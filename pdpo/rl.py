@@ -34,9 +34,8 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     Returns: (P, K); every row sums to 0.
     Source: Ahmadian 2024, arXiv:2402.14740, Eq. 8 (RLOO); Kool 2019."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            f"rloo_advantages: expected (P, K) rewards with K >= 2, got {tuple(rewards.shape)}. Draw more samples."
-        )
+        got = f"{tuple(rewards.shape)}. Draw more samples."
+        raise ValueError(f"rloo_advantages: expected (P, K) rewards with K >= 2, got {got}")
     num_samples = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (num_samples / (num_samples - 1))
 
@@ -107,11 +106,8 @@ def response_tokens(policy, sequences: list[Encoded], *, on_trees: bool, precisi
         mask = batch.attention_mask.long()
         output = policy(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
     scored = batch.response_mask[:, 1:]  # (R, N-1)
-    logits, hidden, tokens = (
-        output.logits[:, :-1][scored],
-        output.hidden_states[-1][:, :-1][scored],
-        batch.input_ids[:, 1:][scored],
-    )
+    logits, hidden = output.logits[:, :-1][scored], output.hidden_states[-1][:, :-1][scored]
+    tokens = batch.input_ids[:, 1:][scored]
     found = measure(logits.float(), hidden, torch.arange(len(tokens), device=device), tokens)
     return Tokens(*pad_sequence(found.split(scored.sum(1).tolist()), batch_first=True).unbind(2))
 
@@ -128,9 +124,7 @@ class Rollouts(NamedTuple):
 
 
 @torch.no_grad()
-def rollouts_of(
-    tokens_of: Callable, policy, reference, sequences: list[Encoded], scores: Tensor, config: OnlineConfig
-) -> Rollouts:
+def rollouts_of(tokens_of, policy, reference, sequences: list[Encoded], scores: Tensor, config: OnlineConfig) -> Rollouts:
     """Log-probabilities, rewards and advantages of what the policy has just sampled; scores: (R,)."""
     parts = [sequences[i : i + config.micro_batch_size] for i in range(0, len(sequences), config.micro_batch_size)]
     old, reference_tokens = (_joined([tokens_of(model, part) for part in parts]) for model in (policy, reference))
@@ -149,19 +143,16 @@ def rollouts_of(
 
 def _joined(parts: list[Tokens]) -> Tokens:
     """One `Tokens` of several, as long as the longest."""
-    return Tokens(
-        *(pad_sequence([row for each in column for row in each], batch_first=True) for column in zip(*parts, strict=True))
-    )
+    columns = ([row for each in column for row in each] for column in zip(*parts, strict=True))
+    return Tokens(*(pad_sequence(column, batch_first=True) for column in columns))
 
 
 def online_losses(tokens: Tokens, rollouts: Rollouts, rows: Tensor, config: OnlineConfig) -> dict[str, Tensor]:
     """Sums over the responses `rows` of the rollouts, with the gradient: loss, and detached its parts; PPO's over tokens."""
     old, width = Tokens(*(each[rows] for each in rollouts.old)), tokens.logps.shape[1]
     mask, advantages = rollouts.mask[rows, :width], rollouts.advantages[rows, :width]
-    old_logps, log_ratio = (
-        old.logps[:, :width],
-        rollouts.reference_logps[rows, :width] - tokens.logps,
-    )  # (B, T), reference / policy
+    old_logps = old.logps[:, :width]  # (B, T)
+    log_ratio = rollouts.reference_logps[rows, :width] - tokens.logps  # (B, T), reference / policy
     if config.method == "rloo":  # a response is one action
         policy_losses = ppo_loss(tokens.logps.sum(1), old_logps.sum(1), advantages[:, 0], clip=config.clip)  # (B,)
         value_losses = torch.zeros_like(policy_losses)
@@ -173,13 +164,8 @@ def online_losses(tokens: Tokens, rollouts: Rollouts, rows: Tensor, config: Onli
     loss = policy_losses + config.value_weight * value_losses - config.entropy_weight * tokens.entropies.sum(1)
     loss = loss + config.beta * k3 if config.kl_in == "loss" else loss
     clipped = ((tokens.logps - old_logps).exp() - 1).abs() > config.clip
-    sums = {
-        "loss": loss,
-        "policy_loss": policy_losses,
-        "value_loss": value_losses,
-        "entropy": tokens.entropies,
-        "clipped": clipped & mask,
-    }
+    sums = {"loss": loss, "policy_loss": policy_losses, "value_loss": value_losses}
+    sums |= {"entropy": tokens.entropies, "clipped": clipped & mask}
     return {key: (value if key == "loss" else value.detach()).sum() for key, value in sums.items()}
 
 
@@ -199,11 +185,9 @@ def online_step(policy, optimizer, rollouts: Rollouts, config: OnlineConfig, *, 
             for part in rows.split(config.micro_batch_size):
                 sums = online_losses(tokens_of(policy, [rollouts.sequences[i] for i in part]), rollouts, part, config)
                 scaler.scale(sums["loss"] / count).backward()
-                means = {
-                    key: float(value.detach()) / (num_tokens if key in ("entropy", "clipped") else count)
-                    for key, value in sums.items()
-                }
-                record = {key: record.get(key, 0.0) + value for key, value in means.items()}
+                for key, value in sums.items():
+                    mean = float(value.detach()) / (num_tokens if key in ("entropy", "clipped") else count)
+                    record[key] = record.get(key, 0.0) + mean
             scaler.unscale_(optimizer)
             record["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
             if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scaler.is_enabled()):
@@ -217,36 +201,24 @@ def online_step(policy, optimizer, rollouts: Rollouts, config: OnlineConfig, *, 
 
 
 def train_online(
-    policy,
-    reference,
-    tokenizer,
-    prompts: list[str],
-    score: Callable[[list[Sample]], Tensor],
-    config: OnlineConfig,
-    *,
-    max_new_tokens: int,
-    measure: Callable = lambda policy: {},
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 30.0,
+    policy, reference, tokenizer, prompts: list[str], score: Callable[[list[Sample]], Tensor], config: OnlineConfig, *,
+    max_new_tokens: int, measure: Callable = lambda policy: {}, checkpoint: Path | None = None, checkpoint_seconds: float = 30.0,
     show_progress: bool = True,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Trains `policy` in place, as `training.train` does: with a checkpoint it goes on where a killed run stopped, bit for bit.
 
-    Args:
-        policy: a causal language model without dropout; gets a parameter `value_head`, (D,), which begins at 0.
-        reference: a copy of what it was; never trained.
-        prompts: to sample for, a batch after another.
-        score: of samples, (R,) floats; its standard deviation should be about 1. A response that did not end loses no_eos_penalty.
-        measure: function(policy) -> dict of held-out numbers, as in `train`.
+    Args: policy: a causal language model without dropout; gets a parameter `value_head`, (D,), which begins at 0.
+          reference: a copy of what it was; never trained. prompts: to sample for, a batch after another.
+          score: of samples, (R,) floats; its standard deviation should be about 1. A response that did not end loses no_eos_penalty.
+          measure: function(policy) -> dict of held-out numbers, as in `train`.
     Returns: History, one dict a step (not an optimizer step, of which each has several): step, epoch, lr, score, kl (k1, nats a
         response), num_tokens (sampled), and what `online_step` returns."""
     if not prompts:
         raise ValueError("train_online: expected at least one prompt, got none. Is the training split empty?")
     device = next(policy.parameters()).device
     drawn = [prompts[i] for i in batch_indices(len(prompts), 2, seed=config.seed, step=0)]
-    tried = sample(
-        policy, tokenizer, drawn, temperature=1.0, max_new_tokens=max_new_tokens, seed=config.seed, precision=config.precision
-    )
+    options = {"temperature": 1.0, "max_new_tokens": max_new_tokens, "precision": config.precision}
+    tried = sample(policy, tokenizer, drawn, seed=config.seed, **options)
     on_trees = fastest_logps(policy, [Row((each.encoded,)) for each in tried]) is shared_policy_logps
     tokens_of = partial(response_tokens, on_trees=on_trees, precision=config.precision)
     policy.value_head = torch.nn.Parameter(torch.zeros(policy.config.hidden_size, device=device))
@@ -255,27 +227,18 @@ def train_online(
     saved = Checkpoint(checkpoint, asdict(config), checkpoint_seconds, policy=policy, optimizer=optimizer, scaler=scaler)
     history = saved.load() or [{"step": 0, "epoch": 0.0} | measure(policy)]
     measure_every = max(config.steps // config.num_evaluations, 1)
-    for step in progress(
-        range(history[-1]["step"], config.steps), config.method, done=history[-1]["step"], hidden=not show_progress
-    ):
+    first = history[-1]["step"]
+    for step in progress(range(first, config.steps), config.method, done=first, hidden=not show_progress):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         batch = [prompts[i] for i in batch_indices(len(prompts), config.batch_size, seed=config.seed, step=step)]
         seed = 1_000_003 * config.seed + step  # noise and order are functions of (seed, step): a resumed run meets the same
-        samples = sample(
-            policy, tokenizer, batch, temperature=1.0, max_new_tokens=max_new_tokens, seed=seed, num_samples=config.num_samples,
-            precision=config.precision,
-        )  # fmt: skip
+        samples = sample(policy, tokenizer, batch, seed=seed, num_samples=config.num_samples, **options)
         ended = torch.tensor([each.finished for each in samples])
         scores = (score(samples).float() - config.no_eos_penalty * (~ended).float()).to(device)
         rollouts = rollouts_of(tokens_of, policy, reference, [each.encoded for each in samples], scores, config)
         kl = (rollouts.old.logps - rollouts.reference_logps).sum(1).mean()
-        record = {
-            "step": step + 1,
-            "epoch": (step + 1) * config.batch_size / len(prompts),
-            "lr": lr,
-            "score": float(scores.mean()),
-        }
-        record |= {"kl": float(kl), "num_tokens": int(rollouts.mask.sum())}
+        record = {"step": step + 1, "epoch": (step + 1) * config.batch_size / len(prompts), "lr": lr}
+        record |= {"score": float(scores.mean()), "kl": float(kl), "num_tokens": int(rollouts.mask.sum())}
         record |= online_step(policy, optimizer, rollouts, config, tokens_of=tokens_of, seed=seed, scaler=scaler)
         if (step + 1) % measure_every == 0 or step + 1 == config.steps:
             record |= measure(policy)
