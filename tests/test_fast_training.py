@@ -145,7 +145,7 @@ def test_the_micro_batch_follows_free_memory():
 def test_preference_training_holds_one_model_and_all_runs_share_one_reference_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
     alive, passes = [], []
-    real_step, real_pass = training.train_step, experiments.with_reference_logps
+    real_step, real_pass = training.train_step, making.with_reference_logps
 
     def num_models() -> int:
         gc.collect()
