@@ -28,10 +28,11 @@ from pdpo.presets import ONLINE, Preset, betas_of, get_preset
 from pdpo.reach import SOURCES, read_sources
 from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
 from pdpo.rl import train_online
+from pdpo.rows import Row, preference_rows
 from pdpo.sampling import sample
 from pdpo.stages import num_runs_at_a_time, run_all, run_stage, runs_dir
 from pdpo.statistics import Frontier
-from pdpo.training import Row, drawn_rows, preference_rows
+from pdpo.training import drawn_rows
 
 if read_sources() != SOURCES:  # modules are imported when first needed: which of the two texts runs, nobody could say
     raise ValueError("pdpo: its files have changed since this process first imported it. Restart the kernel, or the program.")

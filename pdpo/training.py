@@ -5,7 +5,7 @@ beta: KL strength; a larger beta keeps the policy closer to the reference."""
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,60 +13,17 @@ from torch import Tensor
 
 from pdpo import losses as formulas
 from pdpo.checkpoint import Checkpoint, Memory
-from pdpo.data import Preference
 from pdpo.device import autocast
 from pdpo.distributed import broadcast_weights, gather, on_leader, share, sum_gradients, summed, world_size
-from pdpo.encoding import Encoded, collate, encode_records
+from pdpo.encoding import collate
 from pdpo.logps import sequence_logps
 from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
 from pdpo.progress import progress
+from pdpo.rows import Row, preference_rows  # noqa: F401  (the second is for notebooks)
 from pdpo.trees import supports_trees, tree_logps
 
 SLIC_REGULARIZATION = 0.1
 ORACLE_ALPHA = 0.01  # Nath 2024, arXiv:2410.08458, Eq. 5 and its footnote 5: how much the language model counts
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one loss term needs: one encoded response (SFT) or K of one prompt, best first."""
-
-    sequences: tuple[Encoded, ...]  # K; for KTO the third is another prompt's, which its KL is measured on
-    offset: float = (
-        0.0  # the margin that is demanded: ODPO's (0 is DPO), or the difference of scores that e-DPO and DRDO regress on
-    )
-    reference_logps: tuple[float, ...] | None = None  # K numbers in nats, once `with_reference_logps` has run
-
-    num_tokens = property(lambda self: sum(len(each.input_ids) for each in self.sequences))
-
-
-def preference_rows(tokenizer, records: list[Preference], config: TrainConfig) -> list[Row]:
-    """Encoded rows of preferences; for ODPO with the offset that the scores demand (0 where a record has no scores), for e-DPO
-    and DRDO with the difference of the scores, which every record must have."""
-    offsets = [0.0] * len(records)
-    scored = [i for i, record in enumerate(records) if record.scores is not None]
-    regressed = config.method in ("edpo", "drdo")
-    if regressed and len(scored) < len(records):
-        got = f"{len(records)} records, got {len(scored)}"
-        raise ValueError(f"preference_rows: {config.method} expected scores for all {got}. Score the others.")
-    if (regressed or config.method == "odpo") and scored:
-        scores = torch.tensor([records[i].scores for i in scored], dtype=torch.float64)  # (N, 2)
-        is_control = config.offset_scale == "mean" and not regressed
-        scale = "identity" if regressed else "log" if is_control else config.offset_scale
-        values = formulas.score_offset(scores[:, 0], scores[:, 1], alpha=1.0 if regressed else config.alpha, scale=scale)
-        values = values.mean().expand(len(scored)) if is_control else values
-        for i, value in zip(scored, values.tolist(), strict=True):
-            offsets[i] = value
-    encoded = encode_records(tokenizer, records)
-    if config.method == "kto":
-        others = encoded[1:] + encoded[:1]
-        encoded = [[*own, _answered(own[0], other[0], tokenizer)] for own, other in zip(encoded, others, strict=True)]
-    return [Row(tuple(sequences), offset) for sequences, offset in zip(encoded, offsets, strict=True)]
-
-
-def _answered(question: Encoded, answer: Encoded, tokenizer) -> Encoded:
-    """The prompt of one sequence with the response of another."""
-    ids = question.input_ids[: question.num_prompt] + answer.input_ids[answer.num_prompt :]
-    return Encoded(ids[: tokenizer.model_max_length], question.num_prompt)
 
 
 def policy_logps(policy, rows: list[Row], *, precision: str = "float32") -> Tensor:
