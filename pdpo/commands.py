@@ -150,7 +150,7 @@ def _tensorboard(run: experiments.Run) -> None:
 def sweep(options: argparse.Namespace) -> int:
     if launched():
         instead = "`python -m pdpo sweep` gives each GPU of this machine runs of its own; for other machines, see --scheduler."
-        raise ValueError(f"sweep: expected to be started without torchrun, for one policy on several GPUs. {instead}")
+        raise ValueError(f"sweep: expected to be started without torchrun, which is for one policy on several GPUs. {instead}")
     if options.out is not None:
         frontier = options.out.with_name(f"{options.out.stem}_frontier").absolute()
         for path in (options.out, *(frontier.with_name(f"{frontier.name}.{suffix}") for suffix in ("png", "csv"))):
