@@ -78,12 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
             from pdpo import commands  # torch and what else takes seconds to import: not for --help
 
             return getattr(commands, options.command.replace("-", "_"))(options)
-    except KeyboardInterrupt:
-        _end_children()
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        _end_children()
+    except (Exception, KeyboardInterrupt) as error:
+        if "pdpo.commands" in sys.modules:  # else nothing has been started
+            from pdpo.device import end_children
+
+            end_children()
+        if isinstance(error, KeyboardInterrupt):
+            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 130
         from pdpo.files import disk_trouble
 
         text = str(error) if isinstance(error, ValueError) else disk_trouble(error)
@@ -93,13 +95,6 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(30)  # where process 0 says the same, torchrun meanwhile ends this one
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-
-
-def _end_children() -> None:
-    if "pdpo.commands" in sys.modules:  # else nothing has been started
-        from pdpo.device import end_children
-
-        end_children()
 
 
 def _training() -> argparse.ArgumentParser:

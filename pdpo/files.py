@@ -35,6 +35,7 @@ _SHA256 = {
 }
 SOURCES = {name: (Path(url).name, url, _SHA256[name]) for name, url in _PINNED.items()}  # file name, public address, sha256
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+CHECKOUT = Path(__file__).resolve().parent.parent  # that this package runs from, where it is not installed without one
 SEAL = b"\nsha256 "
 
 
@@ -162,17 +163,9 @@ def check_writable(target: Path, num_bytes: int = 0) -> None:
         raise ValueError(f"{target}: expected a disk with {got}. Free some, or choose another (PDPO_RUNS_DIR, --out).")
 
 
-def checkout_folder(name: str, variable: str) -> Path:
-    """$variable, else the folder `name` of the checkout that this package runs from, else that of the current folder."""
-    checkout = Path(__file__).resolve().parent.parent
-    default = (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / name
-    return Path(os.environ.get(variable) or default)
-
-
 def shown(path: Path) -> str:
     """A path relative to the checkout where it lies in it: notebooks' outputs then hold no one's home folder."""
-    checkout = Path(__file__).resolve().parent.parent
-    return str(path.relative_to(checkout)) if path.is_relative_to(checkout) else str(path)
+    return str(path.relative_to(CHECKOUT)) if path.is_relative_to(CHECKOUT) else str(path)
 
 
 def cache_dir() -> Path:

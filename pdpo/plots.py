@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
-from pdpo.files import replacing, write_csv, write_json
+from pdpo.files import CHECKOUT, replacing, write_csv, write_json
 from pdpo.stages import runs_dir
 
 # distinguishable in black and white: line style and marker differ as well as colour
@@ -60,7 +60,7 @@ def figures_dir() -> Path:
 
 def committed_figures_dir() -> Path:
     """figures/ of the checkout, which git keeps and README shows; `python -m pdpo run --save` writes there."""
-    return Path(__file__).resolve().parent.parent / "figures"
+    return CHECKOUT / "figures"
 
 
 def committed_rows(path: str, *, command: str) -> list[dict]:

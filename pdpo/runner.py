@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from pdpo.device import device, end_children, num_cores
-from pdpo.files import replacing, shown, write_csv
+from pdpo.files import CHECKOUT, replacing, shown, write_csv
 from pdpo.plots import committed_figures_dir, figures_dir
 from pdpo.presets import Preset
 from pdpo.stages import runs_dir
@@ -20,8 +20,7 @@ from pdpo.stages import runs_dir
 
 def notebooks_dir() -> Path:
     """notebooks/ of the checkout that this package runs from; ValueError where it is installed without one."""
-    folder = Path(__file__).resolve().parent.parent / "notebooks"
-    if not folder.is_dir():
+    if not (folder := CHECKOUT / "notebooks").is_dir():
         raise ValueError(f"run: expected the notebooks in {folder}, got no such folder. Run this in a clone of the repository.")
     return folder
 

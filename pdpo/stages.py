@@ -26,7 +26,7 @@ from joblib.parallel import get_active_backend
 
 from pdpo.device import device, num_cores
 from pdpo.distributed import gather, is_leader, launched, on_leader, world_size
-from pdpo.files import checkout_folder, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
+from pdpo.files import CHECKOUT, file_digests, file_sha256, flush, read_json, set_aside, shown, write_json
 from pdpo.progress import progress
 from pdpo.reach import code_version, name_of
 
@@ -39,7 +39,8 @@ class Missing(Exception):
 
 def runs_dir() -> Path:
     """$PDPO_RUNS_DIR, else runs/ of the checkout that this package runs from, else runs/ of the current folder."""
-    return checkout_folder("runs", "PDPO_RUNS_DIR")
+    folder = CHECKOUT if (CHECKOUT / "notebooks").is_dir() else Path.cwd()
+    return Path(os.environ.get("PDPO_RUNS_DIR") or folder / "runs")
 
 
 def run_stage(group: str, name: str, determinants: dict, build: Callable, *, together: bool = False) -> Path:
