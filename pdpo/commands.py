@@ -18,6 +18,7 @@ from pdpo.encoding import chat_template
 from pdpo.files import check_new_folder, check_writable, read_json, replacing, write_csv
 from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import ONLINE, Preset, betas_of, get_preset
+from pdpo.saved import copy_run
 from pdpo.stages import runs_dir
 from pdpo.statistics import with_interval
 from pdpo.summary import aligned, in_brackets, summary
@@ -107,7 +108,7 @@ def train(options: argparse.Namespace) -> int:
         evaluations.append(experiments.run_win_rate(run))
         if options.out is not None and method in options.method and is_leader():
             target = options.out if len(options.method) == 1 else options.out / method
-            print(f"{method}: saved in {experiments.copy_run(run, target)}")
+            print(f"{method}: saved in {copy_run(run, target)}")
     num_held_out = len(data.load_split(preset.data)[1])
     print(f"\n{summary(evaluations, num_held_out)}")
     if judge and is_leader():

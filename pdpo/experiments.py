@@ -26,7 +26,7 @@ from pdpo.making import sampled_kl, save_in, score_of, train_in, with_cached_ref
 from pdpo.models import judge_digest, load_judge, load_policy, load_tokenizer, model_revision, with_reward_head
 from pdpo.presets import ONLINE, Preset, betas_of, get_preset
 from pdpo.reach import SOURCES, read_sources
-from pdpo.results import Evaluation, RewardModel, Run, copy_run, run_info  # noqa: F401  (the last two are for notebooks)
+from pdpo.results import Evaluation, RewardModel, Run, run_info  # noqa: F401  (the last one is for notebooks)
 from pdpo.rl import train_online
 from pdpo.rows import Row, preference_rows
 from pdpo.sampling import sample

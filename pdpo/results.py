@@ -1,6 +1,5 @@
 """What stages give: a training run, an evaluation, a reward model; where each lies, and what it was made with."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ from pdpo.data import Preference
 from pdpo.device import device
 from pdpo.encoding import encode_records
 from pdpo.evaluation import response_scores
-from pdpo.files import check_new_folder, read_json, replacing, shown
+from pdpo.files import read_json, shown
 from pdpo.models import load_policy, load_tokenizer
 from pdpo.presets import WITH_HEAD, Preset, TrainConfig
 from pdpo.sampling import Sample
@@ -45,6 +44,11 @@ class Run:
     def title(self) -> str:
         """Method, beta and seed."""
         return f"{self.method}{'' if self.beta is None else f' beta={self.beta:g}'} seed={self.seed}"
+
+    @property
+    def heading(self) -> str:
+        """The method in capitals, and beta."""
+        return self.method.upper() + ("" if self.beta is None else f", beta {self.beta:g}")
 
     def measured(self, key: str) -> tuple[list[int], list[float]]:
         """The optimizer steps after which `key` was measured, and its values."""
@@ -194,18 +198,3 @@ def run_info(preset: Preset, stages: list) -> dict:
         "peak_memory_mb": max(each["peak_memory_mb"] or 0 for each in environments),
         "stages": sorted(stage.path.name for stage in stages),
     }
-
-
-def copy_run(run: Run, target: Path) -> Path:
-    """Copies a run's policy, tokenizer, history and record to `target`, a folder that must not hold anything yet, and adds a
-    model card."""
-    from pdpo.report import model_card  # which imports this module
-
-    check_new_folder(target)
-    check_large_files(run.path)
-    with replacing(target) as temporary:
-        shutil.copytree(run.path / "policy", temporary)
-        for name in ("history.json", "stage.json"):
-            shutil.copy(run.path / name, temporary / name)
-        (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
-    return target

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pdpo import commands, experiments, runner
 from pdpo.__main__ import main
 from pdpo.data import load_preferences, load_split
-from pdpo.experiments import copy_run, run_preference, run_sft
+from pdpo.experiments import run_preference, run_sft
 from pdpo.presets import PRESETS, with_config
+from pdpo.saved import copy_run
 
 BROKEN = '{"prompt": "a", "chosen": "b"}\n'
 

@@ -14,8 +14,9 @@ import pdpo
 from pdpo import experiments, making, models
 from pdpo.encoding import encode_records
 from pdpo.evaluation import last_hidden
-from pdpo.experiments import copy_run, run_oracle, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
+from pdpo.experiments import run_oracle, run_preference, run_reward_model, run_sft, run_win_rate, runs_dir
 from pdpo.presets import METHODS, TrainConfig, get_preset, with_config
+from pdpo.saved import copy_run
 from pdpo.training import preference_rows
 
 

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from huggingface_hub import ModelCard
 
-from pdpo import report
+from pdpo import report, saved
 from pdpo.encoding import TEMPLATE
-from pdpo.experiments import copy_run, run_preference, run_sft, run_win_rate
+from pdpo.experiments import run_preference, run_sft, run_win_rate
 
 EVIL = "<script>alert('x')</script> & more"
 
@@ -63,7 +63,7 @@ def test_the_card_is_one_that_the_hub_reads(quick, tmp_path, model, base):
     sft = run_sft(quick)
     run = run_preference(sft, method="odpo", beta=0.3, steps=2)
     model = str(tmp_path) if model == "folder" else model
-    text = report.model_card(replace(run, preset=replace(quick, model=model)))
+    text = saved.model_card(replace(run, preset=replace(quick, model=model)))
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag, card.data.base_model) == ("transformers", "text-generation", base)
     assert card.data.tags == ["pdpo", "sft", "odpo"] and str(tmp_path) not in text
@@ -73,4 +73,4 @@ def test_the_card_is_one_that_the_hub_reads(quick, tmp_path, model, base):
 
 def test_a_copied_run_holds_its_card(quick, tmp_path):
     sft = run_sft(quick)
-    assert (copy_run(sft, tmp_path / "out") / "README.md").read_text() == report.model_card(sft)
+    assert (saved.copy_run(sft, tmp_path / "out") / "README.md").read_text() == saved.model_card(sft)
