@@ -92,8 +92,7 @@ def run_preference(
 ) -> Run:
     """Preference training from an SFT run, which is the reference; pairs are drawn and shuffled by that run's seed.
 
-    Args: sft: where to start from.
-          method: one of `presets.METHODS` but SFT. ODPO where the data has no scores, and e-DPO where any are missing, take those
+    Args: method: one of `presets.METHODS` but SFT. ODPO where the data has no scores, and e-DPO where any are missing, take those
               of `run_reward_model`; DRDO always takes those of `run_oracle` on the same pairs. PPO and RLOO are `run_online`.
           beta: KL strength; a larger beta keeps the policy closer to the reference. None for DRDO, SimPO and ORPO, which have none.
           records: what to train on: pairs, or rankings for "plackett_luce"; None makes them from the training split.
@@ -150,8 +149,7 @@ def run_preference(
 def run_online(sft: Run, *, method: str, beta: float, reward: str | Sequence[RewardModel] = "learned", **changes) -> Run:
     """PPO or RLOO ("ppo", "rloo") from an SFT run, which is the reference, on the training prompts.
 
-    Args: sft: where to start from.
-          beta: KL strength; a larger beta keeps the policy closer to the reference. In units of the score's standard deviation.
+    Args: beta: KL strength; a larger beta keeps the policy closer to the reference. In units of the score's standard deviation.
           reward: "learned" trains `run_oracle`, a reward model over the whole network, first; "toy-gold" is the toy's own score; of
               several reward models the smallest score counts. Each has mean 0 and standard deviation 1 on the training responses.
           changes: other hyperparameters than those of `preset.online`: fields of `OnlineConfig`."""
@@ -210,8 +208,7 @@ def run_oracle(sft: Run, *, records: list[Preference] | None = None, **changes) 
     To the loss of the labels comes a little of that of the better responses as text. The steps are a preference run's, the peak
     rate is SFT's, since the head begins at random weights.
 
-    Args: sft: where to start from.
-          records: pairs to train on; None draws them from the training split. It is tried on those of the test split.
+    Args: records: pairs to train on; None draws them from the training split. It is tried on those of the test split.
           changes: other hyperparameters, as for `run_preference`; the seed is also that of the head's weights.
     Source: Nath 2024, arXiv:2410.08458, Eq. 5."""
     preset = sft.preset
