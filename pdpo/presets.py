@@ -19,51 +19,33 @@ WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "unlikelihood", "preferred-ft", *WI
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run's hyperparameters; a checkpoint refuses to go on under other ones.
+    """One run's hyperparameters; a checkpoint refuses to go on under other ones."""
 
-    Attributes:
-        method: "sft", "dpo", "odpo" (DPO whose rows carry offsets), "ipo", "edpo" and "drdo" (rows carry differences of scores),
-            "simpo", "orpo", "kto", "slic", "plackett_luce", "unlikelihood", "preferred-ft" (SFT on the chosen responses), "oracle"
-            (a reward model over the whole network, and DRDO's first stage), or, in an `OnlineConfig`, "ppo" and "rloo".
-        steps: optimizer steps.
-        batch_size: rows (responses for SFT, pairs or rankings else) an optimizer step.
-        lr: the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it.
-        beta: KL strength; a larger beta keeps the policy closer to the reference. None for `WITHOUT_REFERENCE`.
-        alpha, offset_scale: ODPO's, see `score_offset`. Scale "mean" is a control: every pair has the mean of the "log"
-            offsets, whatever its own scores.
-        label_smoothing: see `dpo_loss`.
-        drdo_alpha, drdo_gamma, simpo_scale, simpo_offset, orpo_weight, unlikelihood_weight: see the loss of that name.
-        mean_logps: IPO and DRDO on log-probabilities per token instead of sums.
-        optimizer: "adam" (AdamW) or "sgd" (without momentum).
-        max_grad_norm: gradients are scaled down to this norm.
-        num_evaluations: held-out measurements along a run, beside the one before its first step.
-        micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
-        precision: "float32", "bfloat16" or "float16" activations; the weights are float32. "auto": `get_preset` chooses.
-        seed: of the order of the rows."""
-
+    # "odpo" is DPO whose rows carry offsets, "edpo" and "drdo" take differences of scores, "preferred-ft" is SFT on the chosen
+    # responses, "oracle" a reward model over the whole network, and DRDO's first stage; "ppo" and "rloo" have an `OnlineConfig`
     method: str
-    steps: int
-    batch_size: int
-    lr: float
-    beta: float | None = None
-    alpha: float = 0.5
-    offset_scale: str = "log"
-    label_smoothing: float = 0.0
-    drdo_alpha: float = 0.1
+    steps: int  # of the optimizer
+    batch_size: int  # rows (responses for SFT, pairs or rankings else) a step
+    lr: float  # the optimizer's peak rate, reached after `warmup` of the steps, then a cosine down to a tenth of it
+    beta: float | None = None  # KL strength; a larger beta keeps the policy closer to the reference. None: `WITHOUT_REFERENCE`
+    alpha: float = 0.5  # ODPO's, see `score_offset`
+    offset_scale: str = "log"  # as there; "mean" is a control: every pair has the mean of the "log" offsets
+    label_smoothing: float = 0.0  # see `dpo_loss`
+    drdo_alpha: float = 0.1  # this and what follows: see the loss of that name
     drdo_gamma: float = 2.0
     simpo_scale: float = 2.0
     simpo_offset: float = 1.0
     orpo_weight: float = 0.1
     unlikelihood_weight: float = 0.5
-    mean_logps: bool = False
+    mean_logps: bool = False  # IPO and DRDO on log-probabilities per token instead of sums
     warmup: float = 0.05
     weight_decay: float = 0.0
-    optimizer: str = "adam"
-    max_grad_norm: float = 1.0
-    num_evaluations: int = 10
-    micro_batch_size: int = 64
-    precision: str = "float32"
-    seed: int = 0
+    optimizer: str = "adam"  # AdamW, or "sgd" (without momentum)
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    num_evaluations: int = 10  # held-out measurements along a run, beside the one before its first step
+    micro_batch_size: int = 64  # sequences in memory at a time, at most; no effect on the gradient beyond rounding
+    precision: str = "float32"  # or "bfloat16", "float16": of activations; weights are float32. "auto": `get_preset` chooses
+    seed: int = 0  # of the order of the rows
 
     def __post_init__(self):
         methods = ONLINE if isinstance(self, OnlineConfig) else (*METHODS, "oracle")
