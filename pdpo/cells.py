@@ -48,29 +48,25 @@ def progress_file() -> SimpleNamespace:
     a notebook draws none."""
     if not in_notebook():
         return sys.stderr if sys.stderr.isatty() else SimpleNamespace(write=log_lines(), flush=int, encoding="utf-8")
-    write = str if os.environ.get("PDPO_STATIC") else cell_line()
+    write = str if os.environ.get("PDPO_STATIC") else cell_line
     return SimpleNamespace(write=write, flush=int, encoding="utf-8")  # nothing is held back; blocks may be drawn
 
 
 _lines: dict = {}  # of the cell that runs: its number, and the handle of its line
 
 
-def cell_line() -> Callable[[str], None]:
-    """A function that shows a text on the cell's one line, over what stood there; blanks, with which tqdm ends, leave nothing."""
+def cell_line(text: str) -> None:
+    """Shows a text on the cell's one line, over what stood there; blanks, with which tqdm ends, leave nothing."""
+    from IPython import get_ipython
+    from IPython.display import display
 
-    def show(text: str) -> None:
-        from IPython import get_ipython
-        from IPython.display import display
-
-        text, cell = text.strip("\r\n "), getattr(get_ipython(), "execution_count", 0)
-        shown = {"text/plain": text, "text/html": text and f"<pre style='margin:0'>{escape(text)}</pre>"}
-        if cell in _lines:
-            _lines[cell].update(shown, raw=True)
-        elif text:
-            _lines.clear()
-            _lines[cell] = display(shown, raw=True, display_id=True)
-
-    return show
+    text, cell = text.strip("\r\n "), getattr(get_ipython(), "execution_count", 0)
+    shown = {"text/plain": text, "text/html": text and f"<pre style='margin:0'>{escape(text)}</pre>"}
+    if cell in _lines:
+        _lines[cell].update(shown, raw=True)
+    elif text:
+        _lines.clear()
+        _lines[cell] = display(shown, raw=True, display_id=True)
 
 
 def log_lines(seconds: float = 60.0) -> Callable[[str], None]:

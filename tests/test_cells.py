@@ -123,7 +123,7 @@ def test_a_cell_line_is_one_output_that_is_drawn_over(monkeypatch):
             shown.append(data["text/plain"])
 
     monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(("new", data["text/html"])) or Handle())
-    write = cell_line()
+    write = cell_line
     for text in ("\r", "\rone <b>", "\rtwo", "\r    ", "\r"):
         write(text)
     assert shown == [("new", "<pre style='margin:0'>one &lt;b&gt;</pre>"), "two", "", ""]
