@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from pdpo.logps import sequence_logps, token_logps
 from pdpo.losses import sft_loss
@@ -43,24 +42,6 @@ def test_token_logps_equal_hand_worked_numbers():
     # after token 0 the model gives (1/2, 1/4, 1/4), after token 2 it gives (1/10, 7/10, 2/10); the text is 0 2 1
     logits = torch.tensor([[[2.0, 1, 1], [1, 7, 2], [5, 5, 5]]]).log()
     torch.testing.assert_close(token_logps(logits, torch.tensor([[0, 2, 1]])), torch.tensor([[1 / 4, 7 / 10]]).log())
-
-
-def test_token_logps_equal_torch_cross_entropy():
-    logits, ids = batch()
-    expected = -cross_entropy(logits[:, :-1].reshape(-1, 7), ids[:, 1:].reshape(-1), reduction="none").view(3, 5)
-    torch.testing.assert_close(token_logps(logits, ids), expected)
-
-
-def test_column_t_reads_logits_t_and_token_t_plus_one_and_nothing_else():
-    logits, ids = batch()
-    base = token_logps(logits, ids)
-    for t in range(6):
-        other_logits, other_ids = logits.clone(), ids.clone()
-        other_logits[:, t] += torch.arange(7.0)
-        other_ids[:, t] = (ids[:, t] + 1) % 7
-        by_logits = (token_logps(other_logits, ids) != base).any(0).nonzero().flatten().tolist()
-        by_ids = (token_logps(logits, other_ids) != base).any(0).nonzero().flatten().tolist()
-        assert by_logits == ([t] if t < 5 else []) and by_ids == ([t - 1] if t > 0 else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
