@@ -110,11 +110,11 @@ MUTANTS = [Mutant(*each) for each in (
     # data
     ("record: one response allowed", "Preference.__post_init__", "len(self.responses) < 2", "len(self.responses) < 1", "data"),
     ("file: not a number is a score", "is_finite", "math.isfinite(value)", "True", "data"),
-    ("file: not best first allowed", "_read", "sorted(record.scores)[::-1]", "list(record.scores)", "data"),
+    ("file: not best first allowed", "_read", "scores != sorted(scores)[::-1]", "False", "data"),
     ("split: not by prompt", "split", "parts[part_of[record.prompt.strip()]]", "parts[0 if len(parts[0]) < first else 1 if len(parts[1]) < second - first else 2]", "data"),
     ("split: seed ignored", "split", "random.Random(seed).shuffle(prompts)", "random.Random(0).shuffle(prompts)", "data"),
     ("split: by the order of the rows", "split", "sorted({record.prompt.strip() for record in records})", "list(dict.fromkeys(record.prompt.strip() for record in records))", "data"),
-    ("pairs: worse first", "pairs", "(record.responses[i], record.responses[j])", "(record.responses[j], record.responses[i])", "data"),
+    ("pairs: worse first", "pairs", "(texts[i], texts[j])", "(texts[j], texts[i])", "data"),
     ("pairs: ties kept", "pairs", " and ranks[i] != ranks[j]", "", "data"),
     ("pairs: seed ignored", "pairs", "random.Random(seed)", "random.Random(0)", "data"),
     ("scored rows: worst first", "read_scored", "-item[0]", "item[0]", "data"),
