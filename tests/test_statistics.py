@@ -171,6 +171,7 @@ def test_the_pareto_set_on_hand_made_points():
     assert pareto_set([1, 2, 3], [1, 3, 2]).tolist() == [True, True, False]
     assert pareto_set([2, 1, 2], [2, 2, 3]).tolist() == [False, True, True]  # a smaller KL; a higher score
     assert pareto_set([1, 1], [1, 1]).tolist() == [True, True]  # equal points do not beat each other
+    assert pareto_set([2, 2], [1, 2]).tolist() == [False, True]  # equal in KL alone
 
 
 @pytest.mark.parametrize(
