@@ -31,31 +31,18 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LONGEST = (
-    "claims",
-    "gpt2_medium",
-    "command_line",
-    "derivations",
-    "gpu_benchmark",
-    "stages",
-    "training",
-    "grading",
-    "trust",
-    "distributed",
-)
+LONGEST = "claims gpt2_medium stages gpu_benchmark trust exercises derivations distributed grading remote command_line training"
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
-    if hasattr(
-        config.option, "loadscopereorder"
-    ):  # xdist would begin with the files of many tests, not with those of long ones
+    if hasattr(config.option, "loadscopereorder"):  # else xdist begins with the files of many tests, not with the long ones
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core waits for one at the end."""
-    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
