@@ -340,13 +340,12 @@ def test_a_command_that_is_stopped_says_what_goes_on(tmp_path, forked, number):
 def test_a_stopped_run_leaves_no_kernel_at_work(tmp_path, python):
     (tmp_path / "notebooks").mkdir()
     shutil.copytree(Path(pdpo.__file__).parent, tmp_path / "pdpo", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("01_a", "02_b"):
-        cell = nbformat.v4.new_code_cell(
-            f"import pathlib, time\npathlib.Path({str(tmp_path / name)!r}).touch()\ntime.sleep(600)"
-        )
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
+    cell = nbformat.v4.new_code_cell(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(600)"
+    )
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "01_a.ipynb")
     process = python("-P", "-m", "pdpo", "run", PYTHONPATH=str(tmp_path), PDPO_RUNS_DIR=str(tmp_path / "runs"))
-    wait_until(lambda: (tmp_path / "01_a").exists() or process.poll() is not None)
+    wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.terminate()
