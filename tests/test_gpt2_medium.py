@@ -54,7 +54,7 @@ def test_every_stage_runs_in_the_real_architecture(folder, gpt2_tokenizer, share
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16)).save_pretrained(folder / "model")  # gelu_new, dropout .1
     gpt2_tokenizer.save_pretrained(folder / "model")
-    records = [each for each in load_preferences("instructions") if len(each.prompt) < 80][:16]
+    records = [each for each in load_preferences("instructions") if len(each.prompt) < 80][:20]
     rows = [{"prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected} for each in records]
     (folder / "data.json").write_text(json.dumps(rows))
     preset = replace(
