@@ -1,12 +1,14 @@
 """What all tests share: one thread, no network, temporary folders for runs and caches, small fixtures."""
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 _TEMPORARY = Path(tempfile.mkdtemp(prefix="pdpo-tests-"))
@@ -29,31 +31,18 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LONGEST = (
-    "claims",
-    "gpt2_medium",
-    "command_line",
-    "derivations",
-    "gpu_benchmark",
-    "stages",
-    "training",
-    "grading",
-    "trust",
-    "distributed",
-)
+LONGEST = "claims gpt2_medium stages gpu_benchmark trust exercises derivations distributed grading remote command_line training"
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
-    if hasattr(
-        config.option, "loadscopereorder"
-    ):  # xdist would begin with the files of many tests, not with those of long ones
+    if hasattr(config.option, "loadscopereorder"):  # else xdist begins with the files of many tests, not with the long ones
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core waits for one at the end."""
-    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
@@ -117,6 +106,71 @@ def python():
     for process in started:
         process.kill()
         process.communicate()
+
+
+class Forked:
+    """A function in a process of its own, with what tests use of a Popen."""
+
+    def __init__(self, context, function, arguments, options):
+        from stages import become
+
+        (input, write), (read, output), (read_errors, errors) = (context.Pipe(duplex=False) for _ in range(3))
+        given = function, arguments, options, dict(os.environ), (input, output, errors)
+        self._process = context.Process(target=become, args=given)
+        self._process.start()
+        for each in (input, output, errors):
+            each.close()
+        self.stdin, self.stdout, self.stderr = (
+            os.fdopen(os.dup(each.fileno()), mode) for each, mode in ((write, "w"), (read, "r"), (read_errors, "r"))
+        )
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join(timeout=300)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self) -> tuple[str, str]:
+        self.stdin.close()
+        said = self.stdout.read(), self.stderr.read()
+        self.wait()
+        return said
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """One process that has imported the package, from which others are forked: each start of Python costs seconds of imports."""
+    from pdpo import device
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["worker", "stages", "ranks"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+        forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patched:  # a command that fails in this process ends its children: not this one
+        patched.setattr(device, "end_children", lambda: None)
+        yield context
+
+
+@pytest.fixture
+def forked(fork_server):
+    """Starts `function(*arguments, **options)` with the tests' environment; ends what is left at the end."""
+    started = []
+
+    def start(function, *arguments, **options) -> Forked:
+        started.append(Forked(fork_server, function, arguments, options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

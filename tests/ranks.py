@@ -1,17 +1,13 @@
-"""One of several processes that work together, for tests; `test_distributed.py` or torchrun starts one for each rank.
-
-`ranks.py killed FOLDER`: three steps and a half of CASES["dpo"], then the last process kills itself.
-`ranks.py cases FOLDER`: every case, the killed one from its checkpoint; FOLDER/RANK.pt holds what came of each.
-"""
+"""One of several processes that work together, for tests; `test_distributed.py` starts one for each rank."""
 
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import worker
+from stages import command as pdpo_command
 
 from pdpo import stages, training
 from pdpo.distributed import launch_rank, launch_size, process_group, rank
@@ -106,9 +102,19 @@ def die_after(steps: int) -> None:
     training.row_losses = counted
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    task, folder = sys.argv[1], Path(sys.argv[2])
+def command(environment: dict[str, str], *arguments: str) -> None:
+    os.environ.update(environment)
+    pdpo_command(*arguments)
+
+
+def main(environment: dict[str, str], task: str, folder: Path) -> None:
+    """Works as torchrun's process of that environment.
+
+    Args:
+        task: "killed": three steps and a half of CASES["dpo"], then the last process kills itself. "cases": every case, the
+            killed one from its checkpoint; folder/RANK.pt holds what came of each.
+    """
+    os.environ.update(environment)
     with process_group():
         if task == "killed":
             die_after(3)

@@ -1,22 +1,19 @@
-"""Small stages for tests, also in processes of their own: `python stages.py FOLDER` makes the SFT stage of `preset(FOLDER)`.
-
-$BARRIER: a file to append a line to when training begins, and then to wait for `$BARRIER.go`.
-$ANNOUNCE: print a line after each step and wait for one on standard input before the next.
-"""
+"""Small stages for tests, also in processes of their own (`main`, through the fixture `forked`)."""
 
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from pdpo import experiments, making, toy, training
+from pdpo import __main__, commands, experiments, making, toy, training
 from pdpo.presets import Preset, TrainConfig
-from pdpo.stages import Missing, _only_looking
+from pdpo.stages import Missing, _only_looking, claim_one
 
 
 def preset(folder: Path, **changes) -> Preset:
@@ -113,10 +110,44 @@ def wait_at(barrier: Path) -> None:
     making.train = waiting
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if os.environ.get("ANNOUNCE"):
+def main(folder: Path, *, announce: bool = False, barrier: Path | None = None) -> None:
+    """Makes the SFT stage of `preset(folder)` and prints its path.
+
+    Args:
+        announce: print a line after each step and wait for one on standard input before the next.
+        barrier: a file to append a line to when training begins, and then to wait for `barrier.go`.
+    """
+    if announce:
         announce_steps()
-    if os.environ.get("BARRIER"):
-        wait_at(Path(os.environ["BARRIER"]))
-    print(experiments.run_sft(preset(Path(sys.argv[1]))).path, flush=True)
+    if barrier:
+        wait_at(barrier)
+    print(experiments.run_sft(preset(folder)).path, flush=True)
+
+
+def command(*arguments: str) -> None:
+    sys.exit(__main__.main(list(arguments)))
+
+
+def command_without_end() -> None:
+    """`python -m pdpo runs`, which has begun and does not end."""
+    commands.runs = lambda options: (print("begun", flush=True), time.sleep(600))
+    command("runs")
+
+
+def claim() -> None:
+    print(claim_one(2), claim_one(2), flush=True)
+    input()
+
+
+def become(function, arguments, options: dict, environment: dict[str, str], pipes) -> None:
+    """A forked process's first function: takes its environment and its standard streams, then does the work."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, pipe in enumerate(pipes):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    tempfile.tempdir = None  # $TMPDIR may be another one here
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    function(*arguments, **options)
+    sys.stdout.flush()

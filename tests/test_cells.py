@@ -79,21 +79,21 @@ print("after")
 """
 
 
-def executed(source: str, monkeypatch, *, static: str) -> list:
-    monkeypatch.setenv("PDPO_STATIC", static)
+def executed(monkeypatch, *sources: str) -> list[list]:
+    """The outputs of cells in a kernel of their own, where somebody looks."""
+    monkeypatch.setenv("PDPO_STATIC", "")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(notebook, timeout=100).execute()
-    return notebook.cells[0].outputs
+    return [cell.outputs for cell in notebook.cells]
 
 
 def test_a_notebooks_progress_is_no_stderr_and_leaves_nothing_behind(monkeypatch):
-    outputs = executed(BAR, monkeypatch, static="")
+    outputs, (static,) = executed(monkeypatch, BAR, "import os\nos.environ['PDPO_STATIC'] = '1'" + BAR)
     assert [each.get("name") for each in outputs] == ["stdout", None, "stdout"]
     assert outputs[0].text == "before\n" and outputs[2].text == "after\n"
     assert dict(outputs[1].data) == {"text/plain": "", "text/html": ""}  # what was there has been taken back
-    (output,) = executed(BAR, monkeypatch, static="1")
-    assert output.text == "before\nafter\n"
+    assert static.text == "before\nafter\n"
 
 
 def test_a_process_that_has_ipykernel_but_no_cell_is_no_notebook(monkeypatch, capsys):
@@ -108,10 +108,10 @@ def test_a_process_that_has_ipykernel_but_no_cell_is_no_notebook(monkeypatch, ca
 
 def test_where_ipywidgets_is_missing_no_red_warning_is_the_first_output(monkeypatch):
     source = "import sys\nsys.modules['ipywidgets'] = None\n{}import transformers, tqdm.auto\nprint('imported')"
-    (output,) = executed(source.format("import pdpo\n"), monkeypatch, static="")
+    ((output,),) = executed(monkeypatch, source.format("import pdpo\n"))
     assert output.text == "imported\n"
-    red = executed("import sys\nsys.modules['ipywidgets'] = None\nimport tqdm.auto", monkeypatch, static="")
-    assert "IProgress" in red[0].text  # else this test guards nothing
+    ((red, *_),) = executed(monkeypatch, "import sys\nsys.modules['ipywidgets'] = None\nimport tqdm.auto")
+    assert "IProgress" in red.text  # else this test guards nothing
 
 
 def test_a_cell_line_is_one_output_that_is_drawn_over(monkeypatch):

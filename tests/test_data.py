@@ -32,40 +32,34 @@ def read(folder, rows, name="data.json"):
     return load_preferences(folder / name)
 
 
+PAIR = Preference("Name a colour.", ("Red, gladly.", "Dog."))
+RANKED = ("Red, gladly.", "Blue.", "Dog.")
+SHAPES = [
+    (GOOD, PAIR),
+    (SCORED, Preference(PAIR.prompt, PAIR.responses, (3.0, 1.5))),
+    (GOOD | {"score_chosen": 1, "score_rejected": 2}, Preference(PAIR.prompt, PAIR.responses, (1.0, 2.0))),
+    (GOOD | {"chosen_score": None, "rejected_score": None}, PAIR),
+    (LISTED, Preference("Name a colour.", RANKED, (3, 2, 1))),
+    (LISTED | {"scores": None}, Preference("Name a colour.", RANKED)),
+    (LISTED | {"scores": [2, 2, 2]}, Preference("Name a colour.", RANKED, (2, 2, 2))),
+    ({"instruction": "Add.", "input": "1 and 2", "output": "x", "chosen": "3", "rejected": "4"}, Preference("Add.\n1 and 2", ("3", "4"))),
+    ({"instruction": "Sing.", "input": " ", "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
+    ({"instruction": "Sing.", "input": None, "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
+    ({"prompt": "a", "instruction": "b", "input": "c", "chosen": "d", "rejected": "e"}, Preference("a", ("d", "e"))),
+    ({"prompt": " é\n", "chosen": "\t日本 ", "rejected": " 😀\r\n"}, Preference("é", ("日本", "😀"))),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-@pytest.mark.parametrize(
-    "row, expected",
-    [
-        (GOOD, Preference("Name a colour.", ("Red, gladly.", "Dog."))),
-        (SCORED, Preference("Name a colour.", ("Red, gladly.", "Dog."), (3.0, 1.5))),
-        (GOOD | {"score_chosen": 1, "score_rejected": 2}, Preference("Name a colour.", ("Red, gladly.", "Dog."), (1.0, 2.0))),
-        (GOOD | {"chosen_score": None, "rejected_score": None}, Preference("Name a colour.", ("Red, gladly.", "Dog."))),
-        (LISTED, Preference("Name a colour.", ("Red, gladly.", "Blue.", "Dog."), (3, 2, 1))),
-        (LISTED | {"scores": None}, Preference("Name a colour.", ("Red, gladly.", "Blue.", "Dog."))),
-        (LISTED | {"scores": [2, 2, 2]}, Preference("Name a colour.", ("Red, gladly.", "Blue.", "Dog."), (2, 2, 2))),
-        (
-            {"instruction": "Add.", "input": "1 and 2", "output": "x", "chosen": "3", "rejected": "4"},
-            Preference("Add.\n1 and 2", ("3", "4")),
-        ),
-        ({"instruction": "Sing.", "input": " ", "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
-        ({"instruction": "Sing.", "input": None, "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
-        ({"prompt": "a", "instruction": "b", "input": "c", "chosen": "d", "rejected": "e"}, Preference("a", ("d", "e"))),
-        ({"prompt": " é\n", "chosen": "\t日本 ", "rejected": " 😀\r\n"}, Preference("é", ("日本", "😀"))),
-    ],
-)
-def test_load_preferences_reads_every_shape_in_both_kinds_of_file(tmp_path, name, row, expected):
-    assert read(tmp_path, [row, GOOD], name) == [expected, Preference("Name a colour.", ("Red, gladly.", "Dog."))]
+def test_load_preferences_reads_every_shape_in_both_kinds_of_file_in_order_and_with_duplicates(tmp_path, name):
+    rows, expected = zip(*SHAPES, *SHAPES[:1], strict=True)
+    assert read(tmp_path, rows, name) == list(expected)
 
 
 def test_load_preferences_takes_a_byte_order_mark_windows_line_ends_blank_lines_and_a_path_as_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join([json.dumps(GOOD).encode()] * 2) + b"\r\n")
-    assert load_preferences(str(path)) == [Preference("Name a colour.", ("Red, gladly.", "Dog."))] * 2
-
-
-def test_load_preferences_keeps_order_and_duplicates(tmp_path):
-    rows = [GOOD | {"prompt": prompt} for prompt in ("b", "a", "b", "c")]
-    assert [record.prompt for record in read(tmp_path, rows)] == ["b", "a", "b", "c"]
+    assert load_preferences(str(path)) == [PAIR] * 2
 
 
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
@@ -95,9 +89,8 @@ def test_a_record_of_two_has_a_chosen_and_a_rejected_response_and_a_longer_one_h
             getattr(Preference("a", ("b", "c", "d")), name)
 
 
-@pytest.mark.parametrize("responses, expected", [(("a", "a"), True), (("a", "b"), False), (("a", "a", "b"), False)])
-def test_identical_means_one_text_in_all_places(responses, expected):
-    assert identical(Preference("p", responses)) is expected
+def test_identical_means_one_text_in_all_places():
+    assert [identical(Preference("p", each)) for each in (("a", "a"), ("a", "b"), ("a", "a", "b"))] == [True, False, False]
 
 
 def test_fingerprint_changes_with_every_part_of_a_record():
@@ -132,20 +125,12 @@ def test_split_of_a_prompt_depends_on_the_seed_and_not_on_the_order():
     assert set(split(records, seed=1)[2]) != set(split(records, seed=2)[2])
 
 
-@pytest.mark.parametrize(
-    "fractions, sizes", [((1, 0, 0), [10, 0, 0]), ((0.5, 0.5, 0), [5, 5, 0]), ((0.8, 0.1, 0.1), [8, 1, 1])]
-)
-def test_split_follows_the_fractions(fractions, sizes):
-    assert [len(part) for part in split(numbered(10), seed=0, fractions=fractions)] == sizes
-
-
-@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.25, -0.25), (float("nan"), 0.5, 0.5)])
-def test_split_refuses_fractions_that_are_none(fractions):
-    with pytest.raises(ValueError, match="split: expected three fractions"):
-        split(numbered(10), seed=0, fractions=fractions)
-
-
-def test_split_refuses_to_leave_a_part_empty():
+def test_split_follows_the_fractions_refuses_what_are_none_and_leaves_no_part_empty():
+    for fractions, sizes in (((1, 0, 0), [10, 0, 0]), ((0.5, 0.5, 0), [5, 5, 0]), ((0.8, 0.1, 0.1), [8, 1, 1])):
+        assert [len(part) for part in split(numbered(10), seed=0, fractions=fractions)] == sizes
+    for fractions in ((0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.25, -0.25), (float("nan"), 0.5, 0.5)):
+        with pytest.raises(ValueError, match="split: expected three fractions"):
+            split(numbered(10), seed=0, fractions=fractions)
     with pytest.raises(ValueError, match="split: expected enough prompts.*got 5 prompts"):
         split(numbered(5), seed=0)
 
@@ -297,12 +282,8 @@ def test_data_report_lengths(tiny_tokenizer):
         [Preference("a", ("Paris." * 3, "Paris.")), Preference("b", ("Paris.", "Paris." * 3))] * 2, tiny_tokenizer
     )
     mean = round(sum(words) / 2, 1)
-    assert (report["best_tokens"], report["worst_tokens"], report["length_gap"], report["best_longer"]) == (
-        mean,
-        mean,
-        0.0,
-        0.5,
-    )
+    keys = ("best_tokens", "worst_tokens", "length_gap", "best_longer")
+    assert [report[key] for key in keys] == [mean, mean, 0.0, 0.5]
     report = data_report([Preference("a", ("Paris." * 3, "Paris."))], tiny_tokenizer)
     assert (report["best_tokens"], report["length_gap"], report["best_longer"]) == (words[1], words[1] - words[0], 1.0)
     prompt = tiny_tokenizer("Instruction: a\nResponse:\n", add_special_tokens=False).input_ids

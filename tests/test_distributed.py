@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import ranks
 import stages
 import torch
+from conftest import Forked
 
 from pdpo import distributed, experiments
 from pdpo.__main__ import main
@@ -21,23 +20,21 @@ from pdpo.presets import get_preset
 from pdpo.stages import num_runs_at_a_time
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_ranks(task: str, folder: Path) -> list[tuple[int, str]]:
-    """Exit status and errors of two processes that work together, as torchrun starts them, but without a process of its own."""
+def environments(folder: Path) -> list[dict[str, str]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = os.environ | {"PYTHONPATH": str(ROOT), "PDPO_RUNS_DIR": str(folder / "runs"), **LOOPBACK}
-    shared |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, ranks.__file__, task, str(folder)]
-    processes = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stderr=subprocess.PIPE)
-        for rank in "01"
-    ]
+    shared = {"PDPO_RUNS_DIR": str(folder / "runs"), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | LOOPBACK | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def run_ranks(fork_server, task: str, folder: Path) -> list[tuple[int, str]]:
+    """Exit status and errors of two processes that work together, as torchrun starts them, but without a process of its own."""
+    processes = [Forked(fork_server, ranks.main, (each, task, folder), {}) for each in environments(folder)]
     try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
+        errors = [process.communicate()[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -45,13 +42,13 @@ def run_ranks(task: str, folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[dict]:
+def results(fork_server, tmp_path_factory) -> list[dict]:
     """What each of two processes saw; before them, two others were killed and left a checkpoint."""
     folder = tmp_path_factory.mktemp("ranks")
-    (left, _), (killed, _) = run_ranks("killed", folder)
+    (left, _), (killed, _) = run_ranks(fork_server, "killed", folder)
     assert killed == -signal.SIGKILL and left > 0  # the other one fails by itself, instead of waiting for ever
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["history"][-1]["step"] == 3
-    for status, errors in run_ranks("cases", folder):
+    for status, errors in run_ranks(fork_server, "cases", folder):
         assert status == 0, errors
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -182,11 +179,13 @@ def test_torchrun_trains_the_stages_of_one_process_and_saves_once(python, tmp_pa
     assert {"config.json", "model.safetensors", "history.json"} <= set(os.listdir(tmp_path / "out"))
 
 
-def test_bad_input_under_torchrun_ends_in_one_line_and_a_failure(python, tmp_path):
+def test_bad_input_under_torchrun_ends_in_one_line_and_a_failure(forked, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b"}\n', encoding="utf-8")
-    process = python(*TORCHRUN, "-m", "pdpo", "train", "--data", str(path), **LOOPBACK)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode != 0
-    (line,) = (line for line in (printed + errors).splitlines() if line.startswith("error"))
-    assert line.startswith(f"error: {path}, line 1: key 'rejected'")
+    leader, other = (forked(ranks.command, each, "train", "--data", str(path)) for each in environments(tmp_path))
+    error = leader.communicate()[1]
+    assert leader.returncode == 2 and [line for line in error.splitlines() if line.startswith("error")] == [
+        error.splitlines()[-1]
+    ]
+    assert error.splitlines()[-1].startswith(f"error: {path}, line 1: key 'rejected'")
+    assert other.returncode is None  # torchrun ends it before it says the same

@@ -49,10 +49,8 @@ def test_the_saved_chat_template_gives_the_tokens_of_training(any_tokenizer):
 
     for prompt, response in TEXTS:
         assert chat(("user", prompt)) == encode_prompt(any_tokenizer, prompt)
-        assert (
-            chat(("user", prompt), ("assistant", response))
-            == encode(any_tokenizer, prompt, response, max_length=1000).input_ids
-        )
+        whole = encode(any_tokenizer, prompt, response, max_length=1000).input_ids
+        assert chat(("user", prompt), ("assistant", response)) == whole
     several = [("system", "Be brief."), ("user", "Hello "), ("assistant", "Yes?"), ("user", "Who?")]
     row = {"prompt": [{"role": role, "content": text} for role, text in several], "chosen": "a", "rejected": "b"}
     assert chat(*several) == encode_prompt(any_tokenizer, _without_messages(row)["prompt"])
@@ -116,21 +114,9 @@ def test_encode_records_names_every_row_that_does_not_fit(tiny_tokenizer):
 # batches
 
 
-def test_collate_pads_on_the_right_and_masks_by_length():
-    batch = collate([Encoded([5, 6, 7, 8], 1), Encoded([5, 9], 1), Encoded([5, 6, 7], 2)], pad_id=3)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 9, 3, 3], [5, 6, 7, 3]]
+def test_collate_pads_on_the_right_and_masks_by_length_also_where_the_padding_is_a_token_of_the_response():
+    batch = collate([Encoded([5, 6, 7, 8], 1), Encoded([5, 9], 1), Encoded([5, 6, 7], 2)], pad_id=8)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 9, 8, 8], [5, 6, 7, 8]]
     assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch.response_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
     assert batch.attention_mask.dtype == batch.response_mask.dtype == torch.bool and batch.input_ids.dtype == torch.int64
-
-
-def test_the_eos_is_scored_though_it_is_also_the_padding(any_tokenizer):
-    texts = [("a", "Paris."), ("What is the opposite of hot?", "Cold and colder and colder.")]
-    encoded = [encode(any_tokenizer, *each, max_length=100) for each in texts]
-    assert any_tokenizer.pad_token_id == any_tokenizer.eos_token_id
-    batch = collate(encoded, pad_id=any_tokenizer.pad_token_id)
-    for row, each in enumerate(encoded):
-        scored = batch.input_ids[row][batch.response_mask[row]].tolist()
-        assert scored == each.input_ids[each.num_prompt :] and scored.count(any_tokenizer.eos_token_id) == 1
-        assert batch.attention_mask[row].sum() == len(each.input_ids)
-    assert (batch.input_ids[0] == any_tokenizer.eos_token_id).sum() > 1  # padding is there, and is not scored

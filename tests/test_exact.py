@@ -72,14 +72,6 @@ def test_hand_worked_optimum_of_two_responses():
     assert optimal_policy_logps(reference, scores, beta=0.5).exp().tolist() == pytest.approx([0.9, 0.1])
 
 
-def test_larger_beta_keeps_the_optimum_closer_to_the_reference():
-    lab = make_lab(seed=1)
-    optima = [optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta) for beta in (0.1, 0.5, 2.0, 10.0, 1e6)]
-    kls = [kl_divergence(each, lab.reference_logps).item() for each in optima]
-    assert kls == sorted(kls, reverse=True) and kls[-1] < 1e-9
-    assert optimal_policy_logps(lab.reference_logps, lab.scores, beta=1e-3)[lab.scores.argmax()].exp() > 1 - 1e-9
-
-
 def test_implicit_scores_of_the_optimum_are_the_scores_less_beta_log_z():
     lab, beta = make_lab(seed=2), 0.3
     optimum = optimal_policy_logps(lab.reference_logps, lab.scores, beta=beta)
@@ -215,11 +207,11 @@ def test_the_best_of_n_has_the_frequencies_of_the_experiment_and_of_a_slow_sum_w
 
 def test_the_kl_of_the_best_of_n_lies_under_its_bound_at_every_n_and_reaches_it_where_no_response_has_much_probability():
     lab = make_lab(seed=3)
-    for n in range(1, 65):
+    for n in (1, 2, 3, 4, 7, 16, 33, 64):
         kl = kl_divergence(best_of_n_logps(lab.reference_logps, lab.scores, n=n), lab.reference_logps).item()
         assert -1e-9 < kl < best_of_n_bound(n) + 1e-9
-    flat = torch.full((10_000,), 1e-4).double().log()
-    kl = kl_divergence(best_of_n_logps(flat, torch.arange(10_000).double(), n=4), flat).item()
+    flat = torch.full((5000,), 2e-4).double().log()
+    kl = kl_divergence(best_of_n_logps(flat, torch.arange(5000).double(), n=4), flat).item()
     assert kl == pytest.approx(best_of_n_bound(4), abs=2e-3) and best_of_n_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
@@ -234,18 +226,13 @@ def test_reward_model_loss_is_minus_log_sigmoid_of_the_difference():
     assert reward_model_loss(rejected, chosen).isfinite().all()
 
 
-def test_ipo_loss_start_gradient_and_target():
+def test_ipo_loss_start_and_target():  # its gradient: test_losses.py
     zero = torch.zeros(2, dtype=torch.float64)
     assert ipo_loss(zero, zero, zero, zero, beta=0.5).losses.tolist() == pytest.approx([1.0, 1.0])  # 1 / (4 beta^2)
     at_target = ipo_loss(zero + 5.0, zero, zero, zero, beta=0.1)  # difference of log-ratios = 1 / (2 beta)
     assert at_target.losses.tolist() == pytest.approx([0.0, 0.0]) and at_target.margins.tolist() == pytest.approx([0.5, 0.5])
-    chosen = zero.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(ipo_loss(chosen, zero, zero, zero, beta=0.5).losses.sum(), chosen)
-    assert slope.tolist() == pytest.approx([-2.0, -2.0])  # 2 (h - 1 / (2 beta))
-    over = zero.clone() + 3.0
-    over.requires_grad_()
-    (slope,) = torch.autograd.grad(ipo_loss(over, zero, zero, zero, beta=0.5).losses.sum(), over)
-    assert (slope > 0).all()  # past the target it pulls back, unlike DPO
+    over = ipo_loss(zero + 3.0, zero, zero, zero, beta=0.5)  # past the target it costs again, unlike DPO
+    assert over.losses.tolist() == pytest.approx([4.0, 4.0])
 
 
 def test_ppo_loss_slow_loop_and_flat_regions():

@@ -150,12 +150,6 @@ def test_run_preference_trains_on_the_records_and_with_the_hyperparameters_that_
     assert fewer.train == replace(quick.preference, steps=3, optimizer="sgd", max_grad_norm=2.0)
 
 
-@pytest.mark.parametrize("method", ["sft", "a3c"])
-def test_run_preference_refuses_what_is_no_preference_method(quick, keys, method):
-    with pytest.raises(ValueError, match="TrainConfig: expected"):
-        run_dpo(quick, method=method)
-
-
 # the reward model
 
 
@@ -291,7 +285,7 @@ def test_on_the_toy_win_rates_come_with_grades(quick, monkeypatch):
 # copies and presets
 
 
-def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something(quick, tmp_path, monkeypatch):
+def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something(quick, tmp_path):
     run = run_sft(quick)
     target = copy_run(run, tmp_path / "deep" / "out")
     needed = {"config.json", "model.safetensors", "tokenizer.json", "history.json", "stage.json"}
@@ -300,15 +294,8 @@ def test_copy_run_gives_a_folder_that_loads_and_refuses_one_that_holds_something
     assert all(torch.equal(value, weights[key]) for key, value in policy.state_dict().items())
     (tmp_path / "empty").mkdir()
     assert copy_run(run, tmp_path / "empty").is_dir() and (tmp_path / "empty" / "config.json").exists()
-    (tmp_path / "file").write_text("mine")
-    for taken in (target, tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"{taken}: expected an empty or a new folder"):
-            copy_run(run, taken)
-    assert (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match="got the current one"):
-        copy_run(run, Path("."))
+    with pytest.raises(ValueError, match=f"{target}: expected an empty or a new folder"):
+        copy_run(run, target)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

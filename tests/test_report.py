@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import pytest
 from huggingface_hub import ModelCard
 
 from pdpo import report, saved
@@ -58,19 +57,14 @@ def test_the_page_needs_nothing_else_and_shows_a_files_text_as_text(quick, tmp_p
     assert json.loads((sft.path / "stage.json").read_text())["config"]["data"] in page
 
 
-@pytest.mark.parametrize("model, base", [(None, None), ("a/model", "a/model"), ("folder", None)])
-def test_the_card_is_one_that_the_hub_reads(quick, tmp_path, model, base):
+def test_the_card_is_one_that_the_hub_reads_and_a_copied_run_holds_it(quick, tmp_path):
     sft = run_sft(quick)
     run = run_preference(sft, method="odpo", beta=0.3, steps=2)
-    model = str(tmp_path) if model == "folder" else model
-    text = saved.model_card(replace(run, preset=replace(quick, model=model)))
-    card = ModelCard(text)
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.base_model) == ("transformers", "text-generation", base)
-    assert card.data.tags == ["pdpo", "sft", "odpo"] and str(tmp_path) not in text
-    assert ("random weights" in text) == (model is None) and "- beta: 0.3" in text and TEMPLATE in text
-    assert re.search("sha256 .*`[0-9a-f]{64}`", text)
-
-
-def test_a_copied_run_holds_its_card(quick, tmp_path):
-    sft = run_sft(quick)
+    for model, base in ((None, None), ("a/model", "a/model"), (str(tmp_path), None)):
+        text = saved.model_card(replace(run, preset=replace(quick, model=model)))
+        data = ModelCard(text).data
+        assert (data.library_name, data.pipeline_tag, data.base_model) == ("transformers", "text-generation", base)
+        assert data.tags == ["pdpo", "sft", "odpo"] and str(tmp_path) not in text
+        assert ("random weights" in text) == (model is None) and "- beta: 0.3" in text and TEMPLATE in text
+        assert re.search("sha256 .*`[0-9a-f]{64}`", text)
     assert (saved.copy_run(sft, tmp_path / "out") / "README.md").read_text() == saved.model_card(sft)

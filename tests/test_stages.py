@@ -46,8 +46,8 @@ def sweep(preset, log: Path, **options) -> tuple[list, list[list[str]]]:
 # killed and shared
 
 
-def test_a_stage_killed_on_its_way_resumes_where_it_stopped_and_ends_with_the_same_bits(quick, python, tmp_path, monkeypatch):
-    process = python(stages.__file__, str(tmp_path), ANNOUNCE="1")
+def test_a_stage_killed_on_its_way_resumes_where_it_stopped_and_ends_with_the_same_bits(quick, forked, tmp_path, monkeypatch):
+    process = forked(stages.main, tmp_path, announce=True)
     for step in range(5):
         assert process.stdout.readline() == "step\n"
         if step < 4:
@@ -66,14 +66,14 @@ def test_a_stage_killed_on_its_way_resumes_where_it_stopped_and_ends_with_the_sa
     assert resumed.history == unbroken.history and same_weights(resumed, unbroken)
 
 
-def test_two_processes_that_need_one_stage_train_it_once_and_the_other_says_what_it_waits_for(quick, python, tmp_path):
+def test_two_processes_that_need_one_stage_train_it_once_and_the_other_says_what_it_waits_for(quick, forked, tmp_path):
     barrier = tmp_path / "barrier"
-    first = python(stages.__file__, str(tmp_path), BARRIER=str(barrier))
+    first = forked(stages.main, tmp_path, barrier=barrier)
     wait_until(barrier.exists)
-    second = python(stages.__file__, str(tmp_path), BARRIER=str(barrier))
+    second = forked(stages.main, tmp_path, barrier=barrier)
     assert second.stdout.readline().startswith("waiting for sft-seed0, which another process is at")
     barrier.with_suffix(".go").touch()
-    paths = [process.communicate(timeout=300)[0].strip() for process in (first, second)]
+    paths = [process.communicate()[0].strip() for process in (first, second)]
     assert paths == [str(run_sft(quick).path)] * 2
     assert barrier.read_text() == "training\n"  # one training
 
@@ -104,16 +104,26 @@ def test_an_error_in_a_worker_arrives_as_it_is(quick, two_workers):
         run_all(run_sft, [{"preset": wrong, "seed": seed} for seed in (0, 1)])
 
 
+@pytest.mark.parametrize("workers, expected", [(None, 8), ("2", 4)])
+def test_a_model_gets_all_cores_divided_by_the_runs_at_a_time(quick, monkeypatch, capsys, threads, workers, expected):
+    for module in (experiments, pdpo.device, pdpo.stages):
+        monkeypatch.setattr(module, "num_cores", lambda: 8)
+    monkeypatch.setenv("PDPO_WORKERS", workers) if workers else monkeypatch.delenv("PDPO_WORKERS")
+    start(replace(quick, model="a model"))
+    assert f"CPU, {expected} of 8 cores a run" in capsys.readouterr().out
+    for run in run_all(run_sft, [{"preset": quick, "seed": seed} for seed in (0, 1)]):
+        assert f"CPU, {expected} threads" in json.loads((run.path / "stage.json").read_text())["environment"]["device"]
+
+
 def test_threads_of_one_process_make_one_run_after_the_other(quick, tmp_path):
     with joblib.parallel_config(backend="threading", n_jobs=2):
         _, told = sweep(quick, tmp_path / "log")
     assert [word for word, _ in told] == ["begins", "ends"] * len(SEEDS)
 
 
-def test_workers_end_when_their_parent_is_killed(python, tmp_path):
+def test_workers_end_when_their_parent_is_killed(forked, two_workers, tmp_path):
     files = [str(tmp_path / name) for name in "ab"]
-    code = f"import pdpo.stages, stages; pdpo.stages.run_all(stages.beat, [{{'file': file}} for file in {files}])"
-    process = python("-c", code, PDPO_WORKERS="2")
+    process = forked(run_all, stages.beat, [{"file": file} for file in files])
     wait_until(lambda: all(Path(file).exists() for file in files))
     process.kill()
 
@@ -125,17 +135,18 @@ def test_workers_end_when_their_parent_is_killed(python, tmp_path):
     wait_until(quiet)
 
 
-@pytest.mark.parametrize("value", ["0", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
 def test_a_senseless_number_of_workers_is_refused(monkeypatch, value):
     monkeypatch.setenv("PDPO_WORKERS", value)
     with pytest.raises(ValueError, match=f"PDPO_WORKERS: expected a number of processes, at least 1, got '{value}'"):
         num_runs_at_a_time()
 
 
-def test_each_worker_claims_a_gpu_of_its_own_until_it_ends(python, tmp_path):
+def test_each_worker_claims_a_gpu_of_its_own_until_it_ends(forked, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
     def worker():
-        code = "from pdpo.stages import claim_one; print(claim_one(2), claim_one(2), flush=True); input()"
-        process = python("-c", code, TMPDIR=str(tmp_path))
+        process = forked(stages.claim)
         return process, process.stdout.readline().split()
 
     (first, of_first), (_, of_second), (_, of_third) = worker(), worker(), worker()
@@ -198,14 +209,3 @@ def test_tiny_runs_on_one_thread_and_says_so(quick, capsys, threads):
     for word in ("preset tiny", "CPU, 1 of ", "float32", "toy", str(runs_dir() / "tiny")):
         assert word in said
     assert "CPU, 1 threads" in json.loads((run_sft(quick).path / "stage.json").read_text())["environment"]["device"]
-
-
-@pytest.mark.parametrize("workers, expected", [(None, 8), ("2", 4)])
-def test_a_model_gets_all_cores_divided_by_the_runs_at_a_time(quick, monkeypatch, capsys, threads, workers, expected):
-    for module in (experiments, pdpo.device, pdpo.stages):
-        monkeypatch.setattr(module, "num_cores", lambda: 8)
-    monkeypatch.setenv("PDPO_WORKERS", workers) if workers else monkeypatch.delenv("PDPO_WORKERS")
-    start(replace(quick, model="a model"))
-    assert f"CPU, {expected} of 8 cores a run" in capsys.readouterr().out
-    for run in run_all(run_sft, [{"preset": quick, "seed": seed} for seed in (0, 1)]):
-        assert f"CPU, {expected} threads" in json.loads((run.path / "stage.json").read_text())["environment"]["device"]

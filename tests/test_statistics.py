@@ -58,21 +58,21 @@ def test_with_a_row_for_each_seed_the_interval_covers_seeds_too():
     low, high = bootstrap_interval(apart)
     narrow_low, narrow_high = bootstrap_interval(apart.mean(0))
     assert high - low > 5 * (narrow_high - narrow_low)
-    draws = rng.integers(3, size=(4000, 2)), rng.integers(200, size=(4000, 200))  # a slow loop
+    draws = rng.integers(3, size=(2000, 2)), rng.integers(200, size=(2000, 200))  # a slow loop
     means = [apart[seeds][:, prompts].mean() for seeds, prompts in zip(*draws, strict=True)]
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
     assert bootstrap_interval(noise[0]) == bootstrap_interval(noise[:1])  # one seed adds nothing
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
-def test_the_intervals_of_few_seeds_have_the_variance_of_a_mean_over_seeds(num_seeds):
+@pytest.mark.parametrize("num_seeds, rel", [(2, 0.3), (5, 0.15)])
+def test_the_intervals_of_few_seeds_have_the_variance_of_a_mean_over_seeds(num_seeds, rel):
     """Not (S - 1) / S of it, as where S of S seeds are drawn again."""
-    of_seed = np.random.default_rng(0).normal(size=(400, num_seeds))
+    of_seed = np.random.default_rng(0).normal(size=(100, num_seeds))
     drawn = []
     for values in of_seed:  # no prompt differs from another
         frontier = Frontier((1.0,), np.zeros((num_seeds, 1, 2)), np.repeat(values, 2).reshape(num_seeds, 1, 2))
-        drawn.append(resampled(lambda points: points[0][1][0], [frontier], num_resamples=200).var())
-    assert np.mean(drawn) == pytest.approx(1 / num_seeds, rel=0.15)
+        drawn.append(resampled(lambda points: points[0][1][0], [frontier], num_resamples=100).var())
+    assert np.mean(drawn) == pytest.approx(1 / num_seeds, rel=rel)
     low, high = bootstrap_interval(np.repeat(of_seed[0], 400).reshape(num_seeds, 400), level=0.6827)
     assert (high - low) / 2 == pytest.approx((of_seed[0].var(ddof=1) / num_seeds) ** 0.5, rel=0.6)
 
@@ -171,16 +171,7 @@ def test_the_pareto_set_on_hand_made_points():
     assert pareto_set([1, 2, 3], [1, 3, 2]).tolist() == [True, True, False]
     assert pareto_set([2, 1, 2], [2, 2, 3]).tolist() == [False, True, True]  # a smaller KL; a higher score
     assert pareto_set([1, 1], [1, 1]).tolist() == [True, True]  # equal points do not beat each other
-
-
-def test_the_pareto_set_equals_a_slow_loop():
-    rng = np.random.default_rng(1)
-    kl, score = rng.integers(8, size=(2, 40))
-    slow = [
-        not any((kl[j] <= kl[i] and score[j] >= score[i]) and (kl[j] < kl[i] or score[j] > score[i]) for j in range(40))
-        for i in range(40)
-    ]
-    assert pareto_set(kl, score).tolist() == slow and 0 < sum(slow) < 40
+    assert pareto_set([2, 2], [1, 2]).tolist() == [False, True]  # equal in KL alone
 
 
 @pytest.mark.parametrize(

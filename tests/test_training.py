@@ -64,9 +64,7 @@ def step_without_update(policy, rows, config) -> tuple[dict, torch.Tensor]:
 # one step
 
 
-@pytest.mark.parametrize(
-    "method, micro_batch_size", [("sft", 1), ("sft", 4), ("dpo", 4), ("edpo", 4), ("drdo", 4), ("plackett_luce", 10)]
-)
+@pytest.mark.parametrize("method, micro_batch_size", [("sft", 1), ("dpo", 4), ("drdo", 4), ("plackett_luce", 10)])
 def test_micro_batches_give_the_gradient_of_one_batch(method, micro_batch_size):
     policy, rows, config = worker.parts(method)
     rows = rows[:13]
@@ -268,7 +266,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
     assert learning_rate(replace(config, steps=1), 0) == 2.0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "plackett_luce", "ipo", "edpo", "drdo", "oracle"])
+@pytest.mark.parametrize("method", ["sft", "plackett_luce", "edpo", "drdo"])
 def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measurements_where_asked(method):
     policy, rows, config = worker.parts(method)
     config, seen = replace(config, steps=11, num_evaluations=2), []
@@ -284,20 +282,9 @@ def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measure
     assert not policy.training  # ready to sample from
     assert [record["lr"] for record in history[1:]] == [learning_rate(config, step) for step in range(11)]
     assert history[-1]["epoch"] == pytest.approx(11 * 8 / len(rows))
-    of_pairs = (
-        set() if method == "sft" else {"margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
-    )
-    assert set(history[1]) == {"loss", "grad_norm", "lr", "epoch", "step"} | of_pairs
+    of_pairs = {"margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
+    assert set(history[1]) == {"loss", "grad_norm", "lr", "epoch", "step"} | (set() if method == "sft" else of_pairs)
     json.dumps(history)
-
-
-def test_odpo_whose_offsets_are_all_zero_is_dpo_bit_for_bit():
-    results = []
-    for method in ("dpo", "odpo"):
-        policy, rows, config = worker.parts(method)
-        history = train(policy, rows, replace(config, steps=5), held_out=rows[:4], show_progress=False)
-        results.append({"weights": dict(policy.state_dict()), "history": history})
-    assert same(*results)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -326,8 +313,10 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"beta": None}, "beta > 0 for dpo, got None.*a larger beta keeps the policy closer to the reference"),
         ({"beta": 0.0}, "beta > 0"),
         ({"beta": math.nan}, "beta > 0"),
+        ({"beta": math.inf}, "finite beta > 0"),
         ({"method": "sft"}, "beta None for sft"),
         ({"alpha": -0.1}, "alpha >= 0 .* got -0.1"),
+        ({"alpha": math.nan}, "finite alpha >= 0"),
         ({"offset_scale": "cubic"}, "offset_scale .* 'cubic'"),
         ({"method": "slic", "label_smoothing": 0.1}, "label_smoothing 0 for slic"),
         ({"method": "edpo", "beta": None}, "beta > 0 for edpo"),
@@ -337,12 +326,15 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "got steps 0"),
+        ({"steps": 2**70}, r"from 1 to 2\*\*31 - 1"),
         ({"batch_size": 0}, "got batch_size 0"),
         ({"micro_batch_size": 0}, "got micro_batch_size 0"),
         ({"num_evaluations": 0}, "got num_evaluations 0"),
         ({"lr": 0.0}, "lr > 0"),
         ({"lr": math.nan}, "lr > 0"),
+        ({"lr": math.inf}, "finite lr > 0"),
         ({"seed": -1}, "a seed from 0"),
+        ({"seed": 2**63}, "a seed from 0"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(change, words):
@@ -354,6 +346,7 @@ def test_a_config_that_cannot_work_is_refused(change, words):
     "method, rows, words",
     [
         ("sft", lambda rows: [], "at least one row"),
+        ("drdo", None, "drdo expected a policy with a reward head"),
         ("dpo", lambda rows: [replace(row, reference_logps=None) for row in rows], r"rows \[0, 1.*with_reference_logps"),
         ("dpo", lambda rows: [replace(rows[0], sequences=rows[0].sequences * 2)], r"K = 2 responses, got K in \[4\].*data.pairs"),
         ("plackett_luce", lambda rows: [*rows, replace(rows[0], sequences=rows[0].sequences[:3])], r"one K >= 2.*\[3, 4\]"),
@@ -361,14 +354,10 @@ def test_a_config_that_cannot_work_is_refused(change, words):
 )  # fmt: skip
 def test_rows_that_do_not_suit_the_method_are_refused(method, rows, words):
     policy, good, config = worker.parts(method)
+    if rows is None:  # another method's policy
+        policy, rows = worker.parts("dpo")[0], list
     with pytest.raises(ValueError, match=f"train: .*{words}"):
         train(policy, rows(good), config, show_progress=False)
-
-
-def test_a_policy_without_a_reward_head_is_refused_where_one_is_trained():
-    policy, rows, config = worker.parts("dpo")
-    with pytest.raises(ValueError, match="train: drdo expected a policy with a reward head"):
-        train(policy, rows, replace(config, method="drdo", beta=None), show_progress=False)
 
 
 # checkpoints
@@ -387,13 +376,13 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_fields_that_differ(tmp
 
 
 @pytest.mark.parametrize("method", ["dpo", "drdo", "ppo", "rloo"])
-def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(python, tmp_path, method):
-    checkpoint, never = tmp_path / "checkpoint.pt", tmp_path / "never"
+def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits_of_an_unbroken_one(forked, tmp_path, method):
+    checkpoint = tmp_path / "checkpoint.pt"
 
     def saved_step() -> int:
         return torch.load(checkpoint, weights_only=True)["history"][-1]["step"]
 
-    process = python(worker.__file__, method, str(checkpoint), str(never))
+    process = forked(worker.main, method, checkpoint)
     last = random.randrange(2, 12)
     print("killed after step", last)
     for _ in range(last + 1):  # one announcement comes before the first step
@@ -406,9 +395,9 @@ def test_a_run_killed_at_a_random_step_and_again_while_saving_ends_with_the_bits
     first = saved_step()
     assert first in (last - 1, last)
 
-    process = python(worker.__file__, method, str(checkpoint), str(never), DIE_WHILE_SAVING="17")
-    announced, _ = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL and not never.exists()
+    process = forked(worker.main, method, checkpoint, 17)
+    announced, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert announced.count("step") == 17 - first  # it did go on, not start afresh
     assert saved_step() == 16
 

@@ -4,15 +4,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 
 from pdpo import trees
 from pdpo.encoding import Encoded
-from pdpo.training import (
-    Row,
-    TrainConfig,
-    fastest_logps,
-    policy_logps,
-    row_losses,
-    shared_policy_logps,
-    train,
-)
+from pdpo.training import Row, TrainConfig, fastest_logps, policy_logps, row_losses, shared_policy_logps, train
 from pdpo.trees import ancestor_mask, build_tree, tree_logps
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -1,4 +1,4 @@
-"""A short training run, for tests that kill it: `python worker.py METHOD CHECKPOINT OUT` announces its steps."""
+"""A short training run, for tests that kill it; `main` announces its steps."""
 
 import copy
 import functools
@@ -87,9 +87,7 @@ def die_while_saving(step: int) -> None:
     torch.save = half
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if os.environ.get("DIE_WHILE_SAVING"):
-        die_while_saving(int(os.environ["DIE_WHILE_SAVING"]))
-    result = run(sys.argv[1], Path(sys.argv[2]) if sys.argv[2] else None, announce=True)
-    torch.save(result, sys.argv[3])
+def main(method: str, checkpoint: Path, last: int | None = None) -> None:
+    if last:
+        die_while_saving(last)
+    run(method, checkpoint, announce=True)
