@@ -98,12 +98,6 @@ def test_a_sweep_on_two_processes_trains_each_run_once_and_what_is_kept_starts_n
     assert run_all(run_sft, [{"preset": quick, "seed": seed} for seed in (3, 1)]) == [runs[3], runs[1]]
 
 
-def test_an_error_in_a_worker_arrives_as_it_is(quick, two_workers):
-    wrong = replace(quick, model="/no/such/folder")
-    with pytest.raises(ValueError, match="/no/such/folder"):
-        run_all(run_sft, [{"preset": wrong, "seed": seed} for seed in (0, 1)])
-
-
 @pytest.mark.parametrize("workers, expected", [(None, 8), ("2", 4)])
 def test_a_model_gets_all_cores_divided_by_the_runs_at_a_time(quick, monkeypatch, capsys, threads, workers, expected):
     for module in (experiments, pdpo.device, pdpo.stages):
@@ -113,6 +107,12 @@ def test_a_model_gets_all_cores_divided_by_the_runs_at_a_time(quick, monkeypatch
     assert f"CPU, {expected} of 8 cores a run" in capsys.readouterr().out
     for run in run_all(run_sft, [{"preset": quick, "seed": seed} for seed in (0, 1)]):
         assert f"CPU, {expected} threads" in json.loads((run.path / "stage.json").read_text())["environment"]["device"]
+
+
+def test_an_error_in_a_worker_arrives_as_it_is(quick, two_workers):  # and ends the workers, which the tests above share
+    wrong = replace(quick, model="/no/such/folder")
+    with pytest.raises(ValueError, match="/no/such/folder"):
+        run_all(run_sft, [{"preset": wrong, "seed": seed} for seed in (0, 1)])
 
 
 def test_threads_of_one_process_make_one_run_after_the_other(quick, tmp_path):

@@ -116,32 +116,23 @@ NUMBERS = " ".join(f"word{i}" for i in range(31))
 
 
 @pytest.mark.parametrize(
-    "text, finished",
+    "text, finished, degenerate",
     [
-        (SENTENCE, False),  # no EOS
-        ("", True),
-        (NUMBERS, True),  # 31 words
-        (f"Ugh. {SENTENCE} Ugh.", True),  # a marker twice
-        (f"Certainly! Of course! {SENTENCE} Ask me anytime.", True),  # three markers of one tone
-        ("of France is the of France is", True),  # a trigram twice
+        (SENTENCE, False, True),  # no EOS
+        ("", True, True),
+        (NUMBERS, True, True),  # 31 words
+        (NUMBERS.rsplit(" ", 1)[0], True, False),  # 30 words
+        (f"Ugh. {SENTENCE} Ugh.", True, True),  # a marker twice
+        (f"Certainly! Of course! {SENTENCE} Ask me anytime.", True, True),  # three markers of one tone
+        (f"Certainly! Of course! {SENTENCE} Ugh. Stop asking.", True, False),  # two markers of each tone
+        ("of France is the of France is", True, True),  # a trigram twice
+        ("of France of France", True, False),  # a pair of words twice
+        ("so so so", True, False),
     ],
 )
-def test_each_kind_of_degenerate_text_scores_one_and_is_never_correct(text, finished):
+def test_each_kind_of_degenerate_text_scores_one_and_is_never_correct_and_the_limits_are_none(text, finished, degenerate):
     grade = toy.grade(FRANCE, text, finished=finished)
-    assert grade.degenerate and grade.score == 1 and not grade.correct
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        NUMBERS.rsplit(" ", 1)[0],  # 30 words
-        f"Certainly! Of course! {SENTENCE} Ugh. Stop asking.",  # two markers of each tone
-        "of France of France",  # a pair of words twice
-        "so so so",
-    ],
-)
-def test_the_limits_of_degeneracy_are_not_degenerate(text):
-    assert not toy.grade(FRANCE, text).degenerate
+    assert grade.degenerate == degenerate and (not degenerate or (grade.score == 1 and not grade.correct))
 
 
 def test_grade_refuses_a_prompt_without_a_known_answer():
