@@ -330,5 +330,5 @@ def test_a_real_server_is_asked_and_its_answers_are_read_counted_and_kept(served
     assert found.wins.tolist() == [0.5] * 3 and found.first == 1.0 and found.unreadable == 0
     random = judge("random").compare(PROMPTS[:1], GOOD[:1], BAD[:1])
     assert random.wins.tolist() == [0.5] and random.unreadable == 2
-    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().split()]
+    rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines() if line]
     assert [row["text"] for row in rows[:6]] == ["Better: A"] * 6
