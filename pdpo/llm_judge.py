@@ -67,6 +67,7 @@ class LLMJudge:
             raise ValueError(f"LLMJudge: expected task in {tuple(ASKS)}, got {task!r}.")
         self.url, self.model, self.task, self.cache, self.errors = url, model, task, Path(cache), openai.OpenAIError
         key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.options = {"temperature": 0.0, "max_tokens": 200}  # some models take neither
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
 
     def compare(self, prompts: Sequence[str], texts: Sequence[str], others: Sequence[str]) -> Verdicts:
@@ -76,14 +77,11 @@ class LLMJudge:
             for a, b in ((text, other), (other, text)):
                 questions.append(FORM.format(ask=ASKS[self.task], prompt=prompt, a=a, b=b))
         known = self._known()
-        for question in progress(
-            [each for each in dict.fromkeys(questions) if self._key(each) not in known], "asking the judge"
-        ):
+        new = [each for each in dict.fromkeys(questions) if self._key(each) not in known]
+        for question in progress(new, "asking the judge"):
             answer = known[self._key(question)] = self._ask(question)
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(
-                self.cache, "a", encoding="utf-8"
-            ) as file:  # begins a line: the one before may have been left half written
+            with open(self.cache, "a", encoding="utf-8") as file:  # begins a line: the last may have been left half written
                 file.write("\n" + json.dumps({"key": self._key(question)} | answer) * bool(answer["text"]))
         answers = [known[self._key(each)] for each in questions]
         letters = [read_verdict(each["text"]) for each in answers]
@@ -94,27 +92,25 @@ class LLMJudge:
         return Verdicts(np.array(wins), first, letters.count(None), sum(each["tokens"] for each in answers))
 
     def _ask(self, question: str) -> dict:
+        messages = [{"role": "user", "content": question}]
         try:
-            reply = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": question}], temperature=0.0, max_tokens=200
-            )
+            reply = self.client.chat.completions.create(model=self.model, messages=messages, **self.options)
             choice = reply.choices[0].message.content
             return {"text": choice or "", "tokens": reply.usage.total_tokens if reply.usage else 0}
-        except (
-            AttributeError,
-            IndexError,
-            TypeError,
-            ValueError,
-        ):  # not in the protocol's form: unreadable, and asked again next time
+        except (AttributeError, LookupError, TypeError, ValueError):  # not the protocol: unreadable, and asked again next time
             return {"text": "", "tokens": 0}
         except self.errors as error:
+            if self.options and getattr(error, "status_code", None) == 400:
+                print(f"{self.model} may not take {' and '.join(self.options)}: it is asked without ({str(error)[:100]})")
+                self.options = {}
+                return self._ask(question)
             raise ValueError(
                 f"LLMJudge: {self.model} at {self.url} gave no answer ({type(error).__name__}: {str(error)[:200]}). What was answered is "
                 f"kept in {self.cache}; the same call goes on from there."
             ) from None
 
     def _key(self, question: str) -> str:
-        return hashlib.sha256(f"{self.model}\n{question}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.url}\n{self.model}\n{question}".encode()).hexdigest()
 
     def _known(self) -> dict[str, dict]:
         """What has been answered; a last line that a killed process left half written is passed over."""

@@ -1,23 +1,30 @@
-"""The studies of notebooks 09b, 09c and 11 that take too long to be made whenever the notebooks run; they draw what this writes.
+"""The studies of notebooks 09b, 09c, 11 and 11c that take too long to be made whenever the notebooks run; they draw what this writes.
 
     python tests/dev/studies.py grid sizes alphas temperatures    # figures/PRESET/study_*.csv; five to ten minutes each, on two cores
     python tests/dev/studies.py pipeline --seeds 20
+    python tests/dev/studies.py judges --seeds 21 22 23           # figures/PRESET/11c_claims.csv
 
 grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
 prompts at three sizes of data, with equal steps and with equal passes. alphas: ODPO at the seven alphas of its paper's Fig. 6.
 temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and
-strengths were chosen. Seeds 0 to 2 where no others are given; what was trained is kept.
+strengths were chosen. judges: the claims of notebook 11c on its own seeds and on new ones. Seeds 0 to 2 where no others are given;
+what was trained is kept.
 """
 
 import argparse
 from dataclasses import replace
+from unittest import mock
 
+import nbformat
 import numpy as np
+from new_seeds import status
 
 from pdpo import experiments
 from pdpo.data import load_split, pairs
 from pdpo.files import replacing, write_csv
 from pdpo.plots import committed_figures_dir
+from pdpo.presets import PRESETS
+from pdpo.runner import notebooks_dir
 from pdpo.statistics import frontier_rows, height_with_interval, with_interval
 
 BETAS = (0.1, 0.3, 1.0)
@@ -147,7 +154,27 @@ def pipeline(sfts) -> list[dict]:
     return rows
 
 
-STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures, pipeline)}
+def judges(sfts) -> list[dict]:
+    """One row a claim of notebook 11c, whose cells are run with its own seeds and with these, up to the one that lists the claims."""
+    preset, found = sfts[0].preset, []
+    cells = nbformat.read(notebooks_dir() / "11c_judges.ipynb", as_version=4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code" and "google.colab" not in cell.source]
+    last = next(i for i, source in enumerate(code) if "claims = {" in source)
+    for seeds in (preset.seeds, tuple(sft.seed for sft in sfts)):
+        space: dict = {}
+        with mock.patch.dict(PRESETS, {preset.name: replace(preset, seeds=seeds)}):
+            for source in code[: last + 1]:
+                exec(source, space)
+        found.append(space["claims"])
+    old, new = found
+    rows = []
+    for claim in old:
+        published, repeated = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*each[claim]) for each in found)
+        rows.append({"claim": claim, "published": published, "repeated": repeated, "status": status(old[claim], new[claim])})
+    return rows
+
+
+STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures, pipeline, judges)}
 
 
 def main() -> None:
@@ -161,7 +188,7 @@ def main() -> None:
     sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
     for name in options.studies:
         rows = STUDIES[name](sfts)
-        target = committed_figures_dir() / preset.name / f"study_{name}.csv"
+        target = committed_figures_dir() / preset.name / ("11c_claims.csv" if name == "judges" else f"study_{name}.csv")
         with replacing(target) as temporary:
             write_csv(temporary, rows)
         print(f"{target}: {len(rows)} rows")
