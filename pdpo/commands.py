@@ -13,7 +13,7 @@ import joblib
 
 from pdpo import data, experiments, sampling
 from pdpo.device import device
-from pdpo.distributed import is_leader, launched, process_group
+from pdpo.distributed import is_leader, launched, process_group, world_size
 from pdpo.encoding import chat_template
 from pdpo.files import check_new_folder, check_writable, read_json, replacing, write_csv
 from pdpo.models import load_policy, load_tokenizer
@@ -55,6 +55,8 @@ def _start(preset: Preset, methods: list[str], betas: list[float], seeds: list[i
     for method, seed in itertools.product(methods, seeds):
         for beta in betas_of(method, betas):
             replace(preset.online if method in ONLINE else preset.preference, method=method, beta=beta, seed=seed)
+    if world_size() > 1 and set(methods) & set(ONLINE):
+        raise ValueError(f"train: expected one process for ppo and rloo, got {world_size()}. Leave torchrun out.")
     check_writable(runs_dir() / preset.name, num_bytes=_num_bytes(preset, len(methods) * len(betas) * len(seeds) + len(seeds)))
     experiments.start(preset)
     parts = data.load_split(preset.data)

@@ -173,7 +173,7 @@ def online_step(policy, optimizer, rollouts: Rollouts, config: OnlineConfig, *, 
     """num_epochs passes over the rollouts, in num_parts optimizer steps each; parts hold whole prompts, which trees share.
 
     Returns: means over the steps of the losses, the entropy (nats a token), the share of tokens whose ratio was outside the clip,
-        and the gradient's norm before clipping."""
+        and the gradient's norm before clipping (inf where float16's scaler left a step out)."""
     generator, totals, num_steps = torch.Generator().manual_seed(seed), {}, config.num_epochs * config.num_parts
     for _ in range(config.num_epochs):
         for prompts in torch.randperm(config.batch_size, generator=generator).chunk(config.num_parts):
@@ -190,7 +190,8 @@ def online_step(policy, optimizer, rollouts: Rollouts, config: OnlineConfig, *, 
                     record[key] = record.get(key, 0.0) + mean
             scaler.unscale_(optimizer)
             record["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-            if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scaler.is_enabled()):
+            scale_too_high = scaler.is_enabled() and scaler.get_scale() > 1  # it is halved then, and this step left out
+            if not math.isfinite(record["loss"]) or not (math.isfinite(record["grad_norm"]) or scale_too_high):
                 raise ValueError(
                     f"online_step: expected a finite loss and gradient, got {record['loss']} and {record['grad_norm']}. Lower lr."
                 )

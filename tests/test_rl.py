@@ -1,8 +1,10 @@
 """PPO and RLOO: formulas against slow loops, the loop against an optimum that is known, and runs that survive being killed."""
 
 import copy
+import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pdpo import experiments, toy
+from pdpo.__main__ import main
 from pdpo.data import load_split
 from pdpo.encoding import encode, encode_prompt
 from pdpo.exact import kl_divergence, optimal_policy_logps
@@ -19,6 +22,7 @@ from pdpo.presets import OnlineConfig
 from pdpo.rl import (
     Tokens,
     online_losses,
+    online_step,
     response_tokens,
     rloo_advantages,
     rollouts_of,
@@ -27,7 +31,7 @@ from pdpo.rl import (
     value_loss,
     whitened,
 )
-from pdpo.sampling import Sample
+from pdpo.sampling import Sample, sample
 from pdpo.training import policy_logps, preference_rows
 
 CONFIG = OnlineConfig("ppo", 5, 4, 1e-3, beta=0.1)
@@ -276,6 +280,44 @@ def test_each_switch_reaches_the_training_and_the_history_says_what_was_sampled(
         assert not torch.equal(weights, ends(**{key: value})[1]), key
     with pytest.raises(ValueError, match="train_online: expected at least one prompt"):
         train_online(policy, policy, tokenizer, [], score, config, max_new_tokens=6)
+
+
+def test_float16s_scaler_changes_nothing_where_gradients_are_finite_and_leaves_steps_out_where_not():
+    begun, (tokenizer, prompts, score), config = worker.parts("ppo")
+    begun.value_head = torch.nn.Parameter(torch.zeros(32))
+    samples = sample(begun, tokenizer, prompts[:4], temperature=1.0, max_new_tokens=6, seed=0, num_samples=2)
+    tokens_of = partial(response_tokens, on_trees=True)
+    rollouts = rollouts_of(tokens_of, begun, begun, [each.encoded for each in samples], score(samples), config)
+
+    def ends(scaler, *, times=1.0):
+        policy = copy.deepcopy(begun)
+        policy.value_head.register_hook(lambda gradient: gradient * times)
+        record = online_step(
+            policy,
+            torch.optim.AdamW(policy.parameters(), lr=1e-3),
+            rollouts,
+            config,
+            tokens_of=tokens_of,
+            seed=0,
+            scaler=scaler,
+        )
+        return record["grad_norm"], torch.cat([each.flatten() for each in policy.state_dict().values()])
+
+    scaled, plain = (ends(torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)) for enabled in (True, False))
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    norm, weights = ends(scaler, times=math.inf)
+    assert norm == math.inf and scaler.get_scale() == 2.0**6  # four steps, each left out and the scale halved
+    assert torch.equal(weights, torch.cat([each.flatten() for each in begun.state_dict().values()]))
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=1.0), torch.amp.GradScaler("cpu", enabled=False)):
+        with pytest.raises(ValueError, match="online_step: expected a finite loss and gradient.*inf. Lower lr"):
+            ends(scaler, times=math.inf)
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("pdpo.commands.world_size", lambda: 2)
+    assert main(["train", "--preset", "tiny", "--method", "rloo"]) != 0
+    assert "train: expected one process for ppo and rloo, got 2" in capsys.readouterr().err
 
 
 # stages

@@ -1,6 +1,7 @@
-"""Repeats the verdicts of notebooks 08 to 09c on seeds that chose nothing, and writes figures/<preset>/09_claims.csv.
+"""Repeats the verdicts of notebooks 08 to 09c, or of 11, on seeds that chose nothing, and writes figures/<preset>/09_claims.csv.
 
     python tests/dev/new_seeds.py [--seeds 20 21 22 23 24] [--published 0 1 2]
+    python tests/dev/new_seeds.py --chapter 11 --seeds 21 22 23    # 11_claims.csv; 20 chose its rates
 
 Half an hour on two cores with the preset tiny, from nothing; what was trained is kept. A claim's value is a paired difference
 with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 on both sets of seeds, on the same side;
@@ -14,11 +15,14 @@ from functools import partial
 
 import numpy as np
 
-from pdpo import experiments
+from pdpo import experiments, toy
 from pdpo.data import Preference, load_split, pairs
+from pdpo.encoding import encode
+from pdpo.exact import best_of_n_bound
 from pdpo.files import replacing, write_csv
 from pdpo.plots import committed_figures_dir
-from pdpo.statistics import bootstrap_interval, height_between, height_with_interval
+from pdpo.sampling import Sample
+from pdpo.statistics import Frontier, best_of, bootstrap_interval, height_between, height_with_interval, with_interval
 
 FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 1}
 STRONG = {"method": "odpo", "alpha": 1.0, **FEW}
@@ -123,6 +127,106 @@ def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+PIPELINE = [  # at equal KL, all that notebook 11 lists
+    ("RLOO, learned", "DPO"),
+    ("RLOO, gold", "RLOO, learned"),
+    ("PPO, gold", "RLOO, gold"),
+    ("PPO, learned", "DPO"),
+    ("PPO, learned", "RLOO, learned"),
+    ("PPO, gold", "PPO, learned"),
+    ("RLOO, gold", "ODPO"),
+    ("PPO, gold", "ODPO"),
+    ("best-of-N, learned", "RLOO, learned"),
+    ("best-of-N, learned", "DPO"),
+    ("best-of-N, gold", "RLOO, gold"),
+]
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def pipeline(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
+    """claim -> (value, low, high) of notebook 11 over these seeds."""
+    sfts = experiments.run_all(experiments.run_sft, [{"preset": preset, "seed": seed} for seed in seeds])
+    train, _, test = load_split(preset.data)
+    found = {}
+
+    def add(claim: str, values) -> None:
+        found[claim] = tuple(with_interval("", values).values())
+
+    held_out = pairs(test)
+
+    def odds(records):  # of an annotator who prefers the better response
+        return 1 / (1 + np.exp(-np.array([each.scores[0] - each.scores[1] for each in records]) / 3))
+
+    def labelled(seed: int, p) -> list[Preference]:
+        drawn = pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=seed)
+        right = np.random.default_rng(seed).random(len(drawn)) < p(drawn)
+        return [Preference(each.prompt, each.responses[:: 1 if ok else -1]) for each, ok in zip(drawn, right, strict=True)]
+
+    labels = {"noisy": odds, "shuffled": lambda records: np.full(len(records), 0.5)}
+    settings = [{"sft": sft} for sft in sfts]
+    settings += [{"sft": sft, "records": labelled(sft.seed, p), "num_evaluations": 1} for p in labels.values() for sft in sfts]
+    trained = iter(experiments.run_all(experiments.run_oracle, settings))
+    models = {name: [next(trained) for _ in sfts] for name in ("true", *labels)}
+    given = {name: np.clip([each.held_out for each in of], 1e-6, 1 - 1e-6) for name, of in models.items()}  # (seeds, pairs)
+    graded = [[toy.grade(each.prompt, text) for text in each.responses] for each in held_out]
+    tones = np.array([[toy.TONE_SCORES[grade.tone] for grade in each] for each in graded])
+    worse = np.array([each[0].correct > each[1].correct for each in graded]) & (tones[:, 0] < tones[:, 1])
+    right = {name: (q > 0.5).astype(float) for name, q in given.items()}
+    p = odds(held_out)
+    loss = {name: -p * np.log(q) - (1 - p) * np.log(1 - q) for name, q in given.items()}
+    accuracy = {name: np.where(q > 0.5, p, 1 - p) for name, q in given.items()}
+    per_prompt = {"right": right, "log loss": loss, "accuracy": accuracy}
+    per_prompt = {key: {name: v.reshape(len(seeds), -1, 6).mean(2) for name, v in of.items()} for key, of in per_prompt.items()}
+    add(
+        "reward model, share in the right order where the right answer has the worse tone, less 1/2",
+        right["true"][:, worse] - 0.5,
+    )
+    add("fitted to noisy over shuffled labels, right order", per_prompt["right"]["noisy"] - per_prompt["right"]["shuffled"])
+    for key in ("accuracy", "log loss"):
+        add(
+            f"fitted to true orders over noisy labels, {key} on noisy labels",
+            per_prompt[key]["true"] - per_prompt[key]["noisy"],
+        )
+
+    few = [replace(sft, preset=replace(preset, num_samples=16)) for sft in sfts]
+    three = {"betas": (0.1, 0.3, 1.0)}
+    frontiers = experiments.run_frontiers(
+        sfts, {"SFT": {"method": "sft"}, "DPO": {"method": "dpo", **three}, "ODPO": {"method": "odpo", **three}}
+    )
+    online = {
+        f"{method.upper()}, {name}": {"method": method, "betas": (0.05, 0.3, 1.0), "num_evaluations": 1, **reward}
+        for method in ("ppo", "rloo")
+        for name, reward in (("learned", {}), ("gold", {"reward": "toy-gold"}))
+    }
+    frontiers |= experiments.run_frontiers(few, online)
+    many = [replace(sft, preset=replace(preset, num_samples=64)) for sft in sfts]
+    many = experiments.run_all(experiments.run_win_rate, [{"run": sft} for sft in many])
+    gold = np.stack([each.samples("score") for each in many])  # (seeds, prompts, 64)
+    proxy = []
+    for stage, model in zip(many, models["true"], strict=True):
+        tokenizer, said = stage.run.load_tokenizer(), [(row["prompt"], row["text"]) for row in stage.rows]
+        each = list(dict.fromkeys(said))
+        samples = [Sample(*pair, encode(tokenizer, *pair), True) for pair in each]
+        known = dict(zip(each, model.scorer()(samples).tolist(), strict=True))
+        proxy.append(np.reshape([known[pair] for pair in said], gold.shape[1:]))
+    for name, by in (("best-of-N, learned", np.stack(proxy)), ("best-of-N, gold", gold)):
+        score = np.stack([best_of(gold, n, by=by) for n in SIZES], axis=1)
+        bound = np.array([best_of_n_bound(n) for n in SIZES])[None, :, None]
+        frontiers[name] = Frontier(SIZES, np.broadcast_to(bound, score.shape), score)
+    for one, other in PIPELINE:
+        values = height_with_interval(frontiers[one], frontiers[other])
+        found[f"{one} over {other}, score at equal KL"] = values["height"], values["low"], values["high"]
+    for name in online:
+        for key in ("score", "correct"):
+            pairs_of = zip(frontiers[name].at(0.05).stages, frontiers["SFT"].stages, strict=True)
+            claim = f"{name} at beta 0.05 over SFT, {'share of right answers' if key == 'correct' else key}"
+            add(claim, np.stack([one.column(key) - sft.column(key) for one, sft in pairs_of]))
+    for name in ("best-of-N, learned", "best-of-N, gold"):
+        of = frontiers[name]
+        add(f"{name}, from N = 16 to 64, score", (of.at(64).score - of.at(16).score)[:, 0])
+    return found
+
+
 def side(low: float, high: float) -> int:
     """1: the interval lies above 0; -1: below; 0: it holds 0."""
     return int(low > 0) - int(high < 0)
@@ -138,17 +242,19 @@ def status(published: tuple, repeated: tuple) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--chapter", choices=("09", "11"), default="09")
     parser.add_argument("--published", nargs="+", type=int, default=[0, 1, 2], help="the notebooks' seeds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[20, 21, 22, 23, 24], help="the new ones")
     options = parser.parse_args()
     preset = experiments.start(options.preset)
-    old, new = (measured(preset, seeds) for seeds in (options.published, options.seeds))
+    claims_of = pipeline if options.chapter == "11" else measured
+    old, new = (claims_of(preset, seeds) for seeds in (options.published, options.seeds))
     rows = []
     for claim in old:
         shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*values[claim]) for values in (old, new)]
         rows.append({"claim": claim, "published": shown[0], "repeated": shown[1], "status": status(old[claim], new[claim])})
         print(f"{rows[-1]['status']:14} {claim:60} {shown[0]}   {shown[1]}")
-    target = committed_figures_dir() / preset.name / "09_claims.csv"
+    target = committed_figures_dir() / preset.name / f"{options.chapter}_claims.csv"
     with replacing(target) as temporary:
         write_csv(temporary, rows)
     print(f"seeds {options.published} and {options.seeds}; {target}")
