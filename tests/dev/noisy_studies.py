@@ -95,7 +95,7 @@ TERMS = {
     "product": (product, 0.1),
     "with a reference": (with_reference, 0.1),
 }
-VARIANTS = ("DRDO", *TERMS, "contrast alone", "gamma 0", "imitation on sums", "means, alpha 1")
+VARIANTS = ("DRDO", *TERMS, "contrast alone")
 
 family = {item.prompt: item.family for item in toy.items()}
 train_records, validation, test = load_split("toy")
