@@ -28,6 +28,7 @@ from pdpo import experiments, toy, training
 from pdpo.data import Preference, load_split, pairs
 from pdpo.evaluation import sequence_kl
 from pdpo.files import replacing, write_csv
+from pdpo.losses import drdo_loss
 from pdpo.plots import committed_figures_dir
 from pdpo.sampling import sample
 from pdpo.statistics import bootstrap_interval, with_interval
@@ -416,6 +417,9 @@ def lengths(preset) -> dict[str, list[dict]]:
 
 def variants(preset) -> dict[str, list[dict]]:
     """Forms of DRDO's second term, at the rate 2e-4."""
+    z, zeros = -3 * torch.rand(9, 2), torch.zeros(9, 2)
+    printed = drdo_loss(*z.unbind(1), *zeros.unbind(1), *zeros.unbind(1), alpha=1.0, gamma=2.0).losses
+    assert torch.allclose(weight_held(z, zeros, 2.0), printed) and torch.allclose(with_reference(z, zeros, 2.0), printed)
     world = World(preset, PUBLISHED, num_oracles=1)
     runs = {(name,): world.trained_on(*TERMS[name]) if name in TERMS else world.trained(METHODS[name]) for name in VARIANTS}
     return {"study_drdo_variants": _over_sft(world, runs, ("variant",), against=dict.fromkeys(runs, ("DRDO",)))}
