@@ -417,7 +417,7 @@ def lengths(preset) -> dict[str, list[dict]]:
 
 def variants(preset) -> dict[str, list[dict]]:
     """Forms of DRDO's second term, at the rate 2e-4."""
-    z, zeros = -3 * torch.rand(9, 2), torch.zeros(9, 2)
+    z, zeros = -3 * torch.rand(9, 2).double(), torch.zeros(9, 2).double()
     printed = drdo_loss(*z.unbind(1), *zeros.unbind(1), *zeros.unbind(1), alpha=1.0, gamma=2.0).losses
     assert torch.allclose(weight_held(z, zeros, 2.0), printed) and torch.allclose(with_reference(z, zeros, 2.0), printed)
     world = World(preset, PUBLISHED, num_oracles=1)
