@@ -392,18 +392,17 @@ def steps(preset) -> dict[str, list[dict]]:
 
 
 def grids(preset) -> dict[str, list[dict]]:
-    """The paper's grids of DPO's beta, at both rates, and of DRDO's alpha and gamma, at 2e-4."""
+    """The paper's grids of DPO's beta and of DRDO's alpha and gamma, all at the rate 2e-4."""
     world, runs = World(preset, PUBLISHED, num_oracles=1), {}
-    for lr in (LOW, HIGH):
-        for beta in (0.1, 0.5, 1.0, 10.0):
-            few = {} if (beta, lr) == (0.1, LOW) else {"num_evaluations": 1}  # which the notebook has trained
-            runs["DPO", f"beta {beta:g}", lr] = world.trained(DPO | {"beta": beta, "lr": lr}, **few)
+    for beta in (0.1, 0.5, 1.0, 10.0):
+        few = {} if beta == DPO["beta"] else {"num_evaluations": 1}  # which the notebook has trained
+        runs["DPO", f"beta {beta:g}"] = world.trained(DPO | {"beta": beta}, **few)
     for alpha in (0.1, 1.0):
         for gamma in (0.0, 1.0, 2.0, 5.0):
             options = DRDO if (alpha, gamma) == (0.1, 2.0) else VARIANT
             strength = {"drdo_alpha": alpha, "drdo_gamma": gamma}
-            runs["DRDO", f"alpha {alpha:g}, gamma {gamma:g}", LOW] = world.trained(options | strength)
-    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength", "lr"))}
+            runs["DRDO", f"alpha {alpha:g}, gamma {gamma:g}"] = world.trained(options | strength)
+    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength"))}
 
 
 def lengths(preset) -> dict[str, list[dict]]:
