@@ -1,26 +1,34 @@
 """The studies of notebook 10 that take too long to be made whenever it runs; it draws and prints what this writes.
 
-    python tests/dev/noisy_studies.py claims temperatures steps splits sizes      # into figures/tiny
+    python tests/dev/noisy_studies.py claims temperatures steps splits sizes grids lengths variants      # into figures/tiny
 
 claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). temperatures: DRDO's meetings with
 the others at four temperatures (the paper's Table 2; study_wins.csv), and what each gains there (Fig. 3; study_advantage.csv). steps:
 what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
-meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students of another size
-(study_student_sizes.csv). What was trained is kept.
+meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students half and twice as wide
+(study_student_sizes.csv). grids: DPO on the paper's betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv).
+lengths: IPO on sums and on means per token (study_ipo_lengths.csv). variants: other forms of DRDO's second term
+(study_drdo_variants.csv). What was trained is kept; a study's last line names its minutes.
 """
 
 import argparse
+import hashlib
+import inspect
+import time
 from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import cache
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from new_seeds import status
 
-from pdpo import experiments, toy
+from pdpo import experiments, toy, training
 from pdpo.data import Preference, load_split, pairs
 from pdpo.evaluation import sequence_kl
 from pdpo.files import replacing, write_csv
+from pdpo.losses import drdo_loss
 from pdpo.plots import committed_figures_dir
 from pdpo.sampling import sample
 from pdpo.statistics import bootstrap_interval, with_interval
@@ -32,6 +40,7 @@ DPO = {"method": "dpo", "beta": 0.1, "num_evaluations": 3, "lr": LOW, "steps": 6
 EDPO = DPO | {"method": "edpo", "lr": HIGH}
 DRDO = {"method": "drdo", "drdo_alpha": 0.1, "drdo_gamma": 2.0, "num_evaluations": 3, "lr": LOW, "steps": 60}
 VARIANT = DRDO | {"num_evaluations": 1}
+IPO = {"method": "ipo", "num_evaluations": 1, "steps": 60}
 METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 on validation prompts
     "DPO": DPO,
     "e-DPO": EDPO,
@@ -48,7 +57,46 @@ METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 
     "imitation on sums": VARIANT | {"drdo_alpha": 1000.0, "drdo_gamma": 0.0},  # but for -log(1 - pi_l), which is small
     "means, alpha 1": VARIANT | {"drdo_alpha": 1.0, "mean_logps": True},
 }
-SIZES = {"half as wide": 32}  # the notebook's is 64
+SIZES = {"half as wide": 32, "twice as wide": 128}  # the notebook's is 64
+LENGTHS = {  # a mean response has ten tokens or so: on means beta 1 asks for as many nats a response as 0.1 does on sums
+    "sums, beta 0.1": IPO | {"beta": 0.1},
+    "means, beta 0.1": IPO | {"beta": 0.1, "mean_logps": True},
+    "means, beta 1": IPO | {"beta": 1.0, "mean_logps": True},
+}
+
+
+def weight_held(policy, reference, gamma):
+    """Eq. 34: as printed, but that the focal weight is a constant for the gradient."""
+    return -focal(*policy.unbind(1), gamma).detach() * (policy[:, 0] - log_not(policy[:, 1]))
+
+
+def product(policy, reference, gamma):
+    """Both responses by their logarithms: log pi(y_w) + log(1 - pi(y_l))."""
+    return -focal(*policy.unbind(1), gamma) * (policy[:, 0] + log_not(policy[:, 1]))
+
+
+def with_reference(policy, reference, gamma):
+    """p_w compares log-ratios to the reference, as DPO's margin does."""
+    return -focal(*(policy - reference).unbind(1), gamma) * (policy[:, 0] - log_not(policy[:, 1]))
+
+
+def focal(chosen, rejected, gamma):
+    return torch.sigmoid(rejected - chosen) ** gamma
+
+
+def log_not(logps):
+    """log(1 - pi), which on the toy stays clear of pi = 1."""
+    return torch.log1p(-logps.exp().clamp(max=1 - 1e-6))
+
+
+# forms of DRDO's second term, (B, 2) logps of policy and reference -> (B,), in units of alpha; "alone": alpha 1000
+TERMS = {
+    "weight held": (weight_held, 0.1),
+    "weight held, alone": (weight_held, 1000.0),
+    "product": (product, 0.1),
+    "with a reference": (with_reference, 0.1),
+}
+VARIANTS = ("DRDO", *TERMS, "contrast alone")
 
 family = {item.prompt: item.family for item in toy.items()}
 train_records, validation, test = load_split("toy")
@@ -112,22 +160,56 @@ class World:
             settings.append({"sft": sft, "records": records} | options | changes)
         return experiments.run_all(experiments.run_preference, settings)
 
+    def trained_on(self, term, alpha: float):
+        """Runs of DRDO with another second term, in a group of their own, where no stage of the package's loss lies."""
+        digest = hashlib.sha256("".join(map(inspect.getsource, (term, focal, log_not, _with_term))).encode()).hexdigest()
+        runs = []
+        for sft, records, (oracle, *_) in zip(self.sfts, self.records, self.oracles, strict=True):
+            own = replace(sft, preset=replace(sft.preset, name=f"{sft.preset.name}-{term.__name__}-{digest[:6]}"))
+            losses = _with_term(term, sft.load_policy())
+            known = patch.object(experiments, "run_oracle", lambda *_, oracle=oracle, **__: oracle)
+            with known, patch.object(training, "row_losses", losses):
+                runs.append(experiments.run_preference(own, records=records, **VARIANT | {"drdo_alpha": alpha}))
+        return runs
+
     def judged(self, runs, *, num_samples=32, **options) -> dict[str, np.ndarray]:
-        """(seeds, prompts, samples) each: "gold", "correct", "courteous" and, warm, "kl" of each run's answers; "oracle": its
-        oracle's scores of the first eight, less that of the best response of the data."""
+        """(seeds, prompts, samples) each: "gold", "correct", "courteous", "tokens" and, warm, "kl" of each run's answers;
+        "oracle": its oracle's scores of the first eight, less that of the best response of the data."""
         warm = num_samples == 32  # as in the notebook, which has made some of these
         sizes = {"num_samples": num_samples, "num_judged": int(warm)}
         runs = [replace(run, preset=replace(run.preset, **sizes)) for run in runs]
         made = experiments.run_all(experiments.run_win_rate, [{"run": run, "records": asked} | options for run in runs])
         keys = {"gold": "score", "correct": "correct", "courteous": "courteous"} | ({"kl": "kl"} if warm else {})
         found = {key: np.array([each.samples(column) for each in made]) for key, column in keys.items()}
-        by_oracle = []
+        by_oracle, tokens = [], []
         for each, (oracle, *_) in zip(made, self.oracles, strict=True):
+            ids = each.run.sft.load_tokenizer()([row["text"] for row in each.rows], add_special_tokens=False)["input_ids"]
+            ended = [row["finished"] for row in each.rows]  # with one token more
+            tokens.append(np.array([len(own) + end for own, end in zip(ids, ended, strict=True)]).reshape(len(asked), -1))
             texts = np.array([row["text"] or "." for row in each.rows], dtype=object).reshape(len(asked), -1)[:, :8]
             again = [Preference(record.prompt, (*some, record.responses[0])) for record, some in zip(asked, texts, strict=True)]
             scores = scores_of(oracle, again)
             by_oracle.append(scores[:, :-1] - scores[:, -1:])
-        return found | {"oracle": np.array(by_oracle)}
+        return found | {"oracle": np.array(by_oracle), "tokens": np.array(tokens)}
+
+
+def _with_term(term, reference):
+    """`training.row_losses` for DRDO with another second term."""
+
+    def row_losses(policy, rows, config, *, logps_of=None):
+        logps, scores = training.scored_logps(policy, rows, precision=config.precision)  # (B, 2), (B, 2)
+        with torch.no_grad():
+            reference_logps = training.policy_logps(reference, rows) if term is with_reference else None
+        wanted = torch.tensor([row.offset for row in rows])
+        losses = (wanted - scores[:, 0] + scores[:, 1]) ** 2 + config.drdo_alpha * term(
+            logps, reference_logps, config.drdo_gamma
+        )
+        chosen, rejected = scores.detach().unbind(1)
+        measured = {"margin": chosen - rejected, "accuracy": (chosen > rejected).float()}
+        measured |= {"chosen_logp": logps.detach()[:, 0], "rejected_logp": logps.detach()[:, 1]}
+        return losses, measured
+
+    return row_losses
 
 
 def pessimistic(world: World):
@@ -309,7 +391,61 @@ def steps(preset) -> dict[str, list[dict]]:
     return {"study_steps": rows}
 
 
-STUDIES = {"claims": claims, "temperatures": temperatures, "steps": steps, "splits": splits, "sizes": sizes}
+def grids(preset) -> dict[str, list[dict]]:
+    """The paper's grids of DPO's beta and of DRDO's alpha and gamma, all at the rate 2e-4."""
+    world, runs = World(preset, PUBLISHED, num_oracles=1), {}
+    for beta in (0.1, 0.5, 1.0, 10.0):
+        few = {} if beta == DPO["beta"] else {"num_evaluations": 1}  # which the notebook has trained
+        runs["DPO", f"beta {beta:g}"] = world.trained(DPO | {"beta": beta}, **few)
+    for alpha in (0.1, 1.0):
+        for gamma in (0.0, 1.0, 2.0, 5.0):
+            options = DRDO if (alpha, gamma) == (0.1, 2.0) else VARIANT
+            strength = {"drdo_alpha": alpha, "drdo_gamma": gamma}
+            runs["DRDO", f"alpha {alpha:g}, gamma {gamma:g}"] = world.trained(options | strength)
+    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength"))}
+
+
+def lengths(preset) -> dict[str, list[dict]]:
+    """IPO on sums and on means per token, at two rates."""
+    world = World(preset, PUBLISHED, num_oracles=1)
+    runs = {(name, lr): world.trained(options | {"lr": lr}) for lr in (LOW, HIGH) for name, options in LENGTHS.items()}
+    return {
+        "study_ipo_lengths": _over_sft(world, runs, ("form", "lr"), against={key: ("sums, beta 0.1", key[1]) for key in runs})
+    }
+
+
+def variants(preset) -> dict[str, list[dict]]:
+    """Forms of DRDO's second term, at the rate 2e-4."""
+    z, zeros = -3 * torch.rand(9, 2).double(), torch.zeros(9, 2).double()
+    printed = drdo_loss(*z.unbind(1), *zeros.unbind(1), *zeros.unbind(1), alpha=1.0, gamma=2.0).losses
+    assert torch.allclose(weight_held(z, zeros, 2.0), printed) and torch.allclose(with_reference(z, zeros, 2.0), printed)
+    world = World(preset, PUBLISHED, num_oracles=1)
+    runs = {(name,): world.trained_on(*TERMS[name]) if name in TERMS else world.trained(METHODS[name]) for name in VARIANTS}
+    return {"study_drdo_variants": _over_sft(world, runs, ("variant",), against=dict.fromkeys(runs, ("DRDO",)))}
+
+
+def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, against: dict | None = None) -> list[dict]:
+    """A row for each of the runs on the test prompts: gains over SFT (gold, oracle, correct, tokens), KL, tokens, how far
+    log pi of the better and of the worse held-out responses moved; of those in `against` also the differences to that other."""
+    base, of, rows = world.judged(world.sfts), {key: world.judged(each) for key, each in runs.items()}, []
+    for key, each in runs.items():
+        row = dict(zip(keys, key, strict=True))
+        for measure in ("gold", "oracle", "correct", "tokens"):
+            row |= with_interval(measure, (of[key][measure].mean(2) - base[measure].mean(2))[:, ~is_out])
+        row |= with_interval("gold, left out", (of[key]["gold"].mean(2) - base["gold"].mean(2))[:, is_out])
+        row |= with_interval("kl", of[key]["kl"].mean(2)[:, ~is_out])
+        row |= with_interval("num_tokens", of[key]["tokens"].mean(2)[:, ~is_out])
+        for name in ("chosen", "rejected"):
+            row[name] = np.mean([run.history[-1][f"eval_{name}_logp"] - run.history[0][f"eval_{name}_logp"] for run in each])
+        for measure in ("gold", "oracle", "tokens", "kl") if against else ():
+            ours, theirs = (of[name][measure].mean(2)[:, ~is_out] for name in (key, against[key]))
+            row |= with_interval(f"{measure}, over the other", ours - theirs)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+STUDIES = {each.__name__: each for each in (claims, temperatures, steps, splits, sizes, grids, lengths, variants)}
 
 
 def main() -> None:
@@ -318,10 +454,12 @@ def main() -> None:
     options = parser.parse_args()
     preset = experiments.start("tiny")  # the labels are drawn from the toy's gold scores
     for name in options.studies:
+        began = time.monotonic()
         for file, rows in STUDIES[name](preset).items():
             with replacing(committed_figures_dir() / preset.name / f"{file}.csv") as temporary:
                 write_csv(temporary, rows)
             print(f"{file}.csv: {len(rows)} rows", flush=True)
+        print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":
