@@ -31,7 +31,8 @@ class TrainConfig:
         alpha, offset_scale: ODPO's, see `score_offset`. Scale "mean" is a control: every pair has the mean of the "log"
             offsets, whatever its own scores.
         label_smoothing: see `dpo_loss`.
-        drdo_alpha, drdo_gamma, simpo_scale, simpo_offset, orpo_weight, unlikelihood_weight: see the loss of that name.
+        drdo_alpha, drdo_gamma, simpo_scale, simpo_offset, orpo_weight, unlikelihood_weight, slic_weight: see the loss of that name;
+            SLiC-HF's is its `regularization`.
         mean_logps: IPO and DRDO on log-probabilities per token instead of sums.
         optimizer: "adam" (AdamW) or "sgd" (without momentum).
         max_grad_norm: gradients are scaled down to this norm.
@@ -55,6 +56,7 @@ class TrainConfig:
     simpo_offset: float = 1.0
     orpo_weight: float = 0.1
     unlikelihood_weight: float = 0.5
+    slic_weight: float = 0.1
     mean_logps: bool = False
     warmup: float = 0.05
     weight_decay: float = 0.0

@@ -37,7 +37,6 @@ from pdpo.presets import WITH_HEAD, WITHOUT_REFERENCE, TrainConfig
 from pdpo.progress import progress
 from pdpo.trees import supports_trees, tree_logps
 
-SLIC_REGULARIZATION = 0.1
 ORACLE_ALPHA = 0.01  # Nath 2024, arXiv:2410.08458, Eq. 5 and its footnote 5: how much the language model counts
 
 
@@ -192,7 +191,7 @@ def row_losses(
     else:
         pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
         if config.method == "slic":
-            losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+            losses, chosen, rejected = slic_loss(*pair, beta=config.beta, regularization=config.slic_weight)
         elif config.method == "ipo":
             losses, chosen, rejected = ipo_loss(*pair, beta=config.beta)
         elif config.method == "kto":
