@@ -3,13 +3,15 @@
     python tests/dev/studies.py grid sizes alphas temperatures    # figures/PRESET/study_*.csv; five to ten minutes each, on two cores
     python tests/dev/studies.py pipeline --seeds 20
 
-grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
-prompts at three sizes of data, with equal steps and with equal passes. alphas: ODPO at the seven alphas of its paper's Fig. 6.
-temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and
-strengths were chosen. Seeds 0 to 2 where no others are given; what was trained is kept.
+grid: each frontier of notebooks 09 to 09c on validation prompts, rate x beta, nine tries each, by which rates and SLiC-HF's pull are
+chosen. sizes: ODPO against DPO on test prompts at three sizes of data, on graded pairs with equal steps and with equal passes, and
+on pairs of the policy's own samples. alphas: ODPO at the seven alphas of its paper's Fig. 6. temperatures: DPO's and ODPO's win
+rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and strengths were chosen. Seeds 0 to 2 where
+no others are given; what was trained is kept.
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -26,63 +28,89 @@ SIZES = (100, 400, None)  # pairs; None: all
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 
 
-def on_validation(sft, **options):
-    """One run, measured on validation prompts."""
-    run = experiments.run_preference(sft, **options)
+def on_validation(sft=None, *, run=None, reference=None, **options):
+    """One run, this one or one from `sft`, measured on validation prompts."""
+    run = run or experiments.run_preference(sft, **options)
     few = replace(run, preset=replace(run.preset, num_samples=8))
-    return experiments.run_win_rate(few, records=load_split(sft.preset.data)[1])
+    return experiments.run_win_rate(few, reference=reference, records=load_split(run.preset.data)[1])
 
 
-def methods() -> dict[str, dict]:
-    """name -> what it asks of `run_preference`."""
-    return {"DPO": {"method": "dpo"}} | {f"ODPO, alpha {alpha:g}": {"method": "odpo", "alpha": alpha} for alpha in (0.5,)}
+GRID = {  # the frontiers of notebooks 09 to 09c: what each asks of `run_preference`, and its rates
+    "DPO": ({"method": "dpo"}, RATES),
+    "DPO with SGD": ({"method": "dpo", "optimizer": "sgd"}, (0.01, 0.03, 0.1)),
+    "ODPO, alpha 0.5": ({"method": "odpo"}, RATES),
+    "ODPO, alpha 1": ({"method": "odpo", "alpha": 1.0}, RATES),
+    "control, alpha 0.5": ({"method": "odpo", "offset_scale": "mean"}, RATES),
+    "SLiC-HF, pull 0": ({"method": "slic", "slic_weight": 0.0}, RATES),
+    "SLiC-HF, pull 0.1": ({"method": "slic"}, RATES),
+}
 
 
 def grid(sfts) -> list[dict]:
-    """One row a method, rate and beta: KL and gold score on validation prompts, and which row is a method's best."""
-    keys = [(name, lr, beta) for name in methods() for lr in RATES for beta in BETAS]
-    settings = [
-        {"sft": sft, "lr": lr, "beta": beta, "num_evaluations": 1, **methods()[name]} for name, lr, beta in keys for sft in sfts
-    ]
+    """One row a method, rate and beta: KL and gold score on validation prompts, which row is a method's best, and how far the
+    others lie below it, prompt by prompt. SFT on the best responses has a rate alone."""
+    lr = sfts[0].preset.sft.lr
+    imitating = replace(sfts[0].preset, sft_all_responses=False)
+    presets = {rate: replace(imitating, sft=replace(imitating.sft, lr=rate)) for rate in (lr / 2, lr, 2 * lr)}
+    trained = experiments.run_all(
+        experiments.run_sft, [{"preset": each, "seed": sft.seed} for each in presets.values() for sft in sfts]
+    )
+    keys = [("SFT on the best", rate, "") for rate in presets]
+    settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts * len(presets), strict=True)]
+    for name, (options, rates) in GRID.items():
+        for rate, beta in itertools.product(rates, BETAS):
+            keys.append((name, rate, beta))
+            settings += [{"sft": sft, **options, "lr": rate, "beta": beta, "num_evaluations": 1} for sft in sfts]
     measured = iter(experiments.run_all(on_validation, settings))
+    stages = {key: [next(measured) for _ in sfts] for key in keys}
+    scores = {key: np.array([each.column("score") for each in found]) for key, found in stages.items()}  # (seeds, prompts)
     rows = []
-    for name, lr, beta in keys:
-        stages = [next(measured) for _ in sfts]
-        row = {"method": name, "lr": lr, "beta": beta}
-        for key in ("kl", "score"):
-            row |= with_interval(key, [stage.column(key) for stage in stages])
-        rows.append(row)
-    for row in rows:
-        row["best"] = int(
-            row is max((other for other in rows if other["method"] == row["method"]), key=lambda each: each["score"])
-        )
+    for key, found in stages.items():
+        name, rate, beta = key
+        best = max((other for other in scores if other[0] == name), key=lambda other: scores[other].mean())
+        row = {"method": name, "lr": rate, "beta": beta, **with_interval("kl", [each.column("kl") for each in found])}
+        row |= with_interval("score", scores[key]) | with_interval("above_best", scores[key] - scores[best])
+        rows.append(row | {"best": int(key == best)})
     return rows
 
 
 def sizes(sfts) -> list[dict]:
-    """One row a size, budget, method and beta, with ODPO's height above DPO's at that size and budget."""
+    """One row a source of pairs, size, budget, method and beta; with ODPO's height above DPO's at that source, size and budget,
+    and at one beta ODPO less DPO. Own samples: four a prompt, graded by the truth (Amini 2024, arXiv:2402.10571, Eq. 17)."""
     preset = sfts[0].preset
-    train = load_split(preset.data)[0]
-    drawn = {sft.seed: pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed) for sft in sfts}
-    smallest = min(map(len, drawn.values()))
+    made = {"graded": {sft.seed: load_split(preset.data)[0] for sft in sfts}}
+    made["sampled"] = {sft.seed: experiments.bootstrapped_rankings(sft, num_samples=4)[0] for sft in sfts}
+    drawn = {
+        source: {seed: pairs(each, num_per_prompt=preset.pairs_per_prompt, seed=seed) for seed, each in of_seed.items()}
+        for source, of_seed in made.items()
+    }
+    counts = {source: round(np.mean([len(each) for each in of_seed.values()])) for source, of_seed in drawn.items()}
+    keys = [("graded", size, "equal steps") for size in SIZES] + [("graded", size, "equal passes") for size in SIZES]
+    keys += [("sampled", size, "equal steps") for size in SIZES]
     wanted = {}
-    for size in SIZES:
-        for budget in ("equal steps", "equal passes"):
-            steps = preset.preference.steps
-            if budget == "equal passes" and size:
-                steps = max(round(steps * size / smallest), 1)
-            for method in ("dpo", "odpo"):
-                records = {seed: each[:size] for seed, each in drawn.items()}
-                wanted[size, budget, method] = {
-                    "method": method, "betas": BETAS, "records": records, "steps": steps, "num_evaluations": 1
-                }  # fmt: skip
+    for source, size, budget in keys:
+        steps = preset.preference.steps
+        if budget == "equal passes" and size:
+            steps = max(round(steps * size / counts[source]), 1)
+        records = {seed: each[:size] for seed, each in drawn[source].items()}
+        options = {"betas": BETAS, "records": records, "steps": steps, "num_evaluations": 1}
+        wanted |= {(source, size, budget, method): {"method": method, **options} for method in ("dpo", "odpo")}
     frontiers = experiments.run_frontiers(sfts, wanted)
     rows = []
-    for (size, budget, method), frontier in frontiers.items():
-        found = height_with_interval(frontiers[size, budget, "odpo"], frontiers[size, budget, "dpo"])
-        about = {"pairs": size or smallest, "budget": budget, "steps": wanted[size, budget, method]["steps"]}
+    for (source, size, budget, method), frontier in frontiers.items():
+        dpo, odpo = (frontiers[source, size, budget, each] for each in ("dpo", "odpo"))
+        found = height_with_interval(odpo, dpo)
+        about = {
+            "source": source,
+            "pairs": size or counts[source],
+            "budget": budget,
+            "steps": frontier.stages[0].run.config.steps,
+        }
         heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high")}
-        rows += [about | row | heights for row in frontier_rows({method.upper(): frontier})]
+        for i, row in enumerate(frontier_rows({method.upper(): frontier})):
+            for key in ("score", "kl"):
+                row |= with_interval(f"odpo_less_dpo_{key}", getattr(odpo, key)[:, i] - getattr(dpo, key)[:, i])
+            rows.append(about | row | heights | {"kl_by_seed": " ".join(f"{each:.3f}" for each in frontier.kl[:, i].mean(1))})
     return rows
 
 
