@@ -36,7 +36,7 @@ class TrainConfig:
         mean_logps: IPO and DRDO on log-probabilities per token instead of sums.
         optimizer: "adam" (AdamW) or "sgd" (without momentum).
         max_grad_norm: gradients are scaled down to this norm.
-        num_evaluations: held-out measurements along a run, beside the one before its first step.
+        num_evaluations: held-out measurements along a run, beside the one before its first step; 0: not even that one.
         micro_batch_size: sequences in memory at a time, at most; no effect on the gradient beyond rounding.
         precision: "float32", "bfloat16" or "float16" activations; the weights are float32. "auto": `get_preset` chooses.
         seed: of the order of the rows.
@@ -99,11 +99,13 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: expected optimizer 'adam' or 'sgd', got {self.optimizer!r}.")
         if self.precision not in (*PRECISIONS, "auto"):
             raise ValueError(f"TrainConfig: expected precision in {PRECISIONS}, got {self.precision!r}.")
-        counts = ("steps", "batch_size", "micro_batch_size", "num_evaluations")
-        wrong = [f"{name} {short(getattr(self, name))}" for name in counts if not 1 <= getattr(self, name) < 2**31]
+        counts = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_evaluations": int(self.method in ONLINE)}
+        wrong = [
+            f"{name} {short(getattr(self, name))}" for name, least in counts.items() if not least <= getattr(self, name) < 2**31
+        ]
         if wrong or not 0 < self.lr < float("inf"):
             raise ValueError(
-                f"TrainConfig: expected {', '.join(counts)} from 1 to 2**31 - 1 and a finite lr > 0, got "
+                f"TrainConfig: expected {', '.join(counts)} from {tuple(counts.values())} to 2**31 - 1 and a finite lr > 0, got "
                 f"{', '.join([*wrong, f'lr {self.lr}'])}."
             )
         if not 0 <= self.seed < 2**31:

@@ -283,7 +283,7 @@ def train(
         rows: the training rows; for every method that has a reference, those of `drawn_rows` with reference_logps.
         config: hyperparameters; part of the checkpoint.
         held_out: rows that `eval_*` numbers are measured on, before the first step, then config.num_evaluations times, the last
-            time after the last step.
+            time after the last step; never, if that is 0.
         measure: function(policy) -> dict of more held-out numbers (the KL, say); must not draw from global generators.
             Of several processes the leader calls it.
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
@@ -307,6 +307,8 @@ def train(
     broadcast_weights(policy)
 
     def evaluation() -> dict:
+        if not config.num_evaluations:
+            return {}
         optimizer.zero_grad(set_to_none=True)  # room for what is measured
         numbers = evaluate_rows(policy, held_out, memory.config, logps_of=logps_of) if held_out else {}
         return numbers | (on_leader(lambda: measure(policy)) if measure else {})
@@ -315,7 +317,7 @@ def train(
     if not history:
         history.append({"step": 0, "epoch": 0.0} | evaluation())
     measuring = (time.monotonic() - began) * config.num_evaluations
-    evaluate_every = max(config.steps // config.num_evaluations, 1)
+    evaluate_every = max(config.steps // max(config.num_evaluations, 1), 1)
     name = config.method if config.beta is None else f"{config.method} beta={config.beta}"
     first = history[-1]["step"]
     for step in progress(range(first, config.steps), name, done=first, hidden=not show_progress, later=measuring):

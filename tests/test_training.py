@@ -289,6 +289,10 @@ def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measure
     )
     assert set(history[1]) == {"loss", "grad_norm", "lr", "epoch", "step"} | of_pairs
     json.dumps(history)
+    unmeasured = train(
+        policy, rows, replace(config, num_evaluations=0), held_out=rows, measure=seen.append, show_progress=False
+    )
+    assert not any("eval_loss" in record for record in unmeasured) and len(seen) == 4
 
 
 def test_odpo_whose_offsets_are_all_zero_is_dpo_bit_for_bit():
@@ -339,7 +343,7 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"steps": 0}, "got steps 0"),
         ({"batch_size": 0}, "got batch_size 0"),
         ({"micro_batch_size": 0}, "got micro_batch_size 0"),
-        ({"num_evaluations": 0}, "got num_evaluations 0"),
+        ({"num_evaluations": -1}, "got num_evaluations -1"),
         ({"lr": 0.0}, "lr > 0"),
         ({"lr": math.nan}, "lr > 0"),
         ({"seed": -1}, "a seed from 0"),
