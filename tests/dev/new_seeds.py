@@ -20,7 +20,7 @@ from pdpo.files import replacing, write_csv
 from pdpo.plots import committed_figures_dir
 from pdpo.statistics import bootstrap_interval, height_between, height_with_interval
 
-FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 1}
+FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 0}
 STRONG = {"method": "odpo", "alpha": 1.0, **FEW}
 HEIGHTS = [  # at equal KL, all that notebook 09c lists
     ("ODPO", "DPO"),
@@ -57,7 +57,7 @@ def methods(preset, seeds: list[int]) -> dict[str, dict]:
         "log_ratio": {"method": "odpo", "offset_scale": "log_ratio", **FEW},
         "alpha 1": STRONG,
         "alpha 1, mean margin": STRONG | {"offset_scale": "mean"},
-        "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, **FEW, "betas": (0.05, 0.3, 1.0)},
+        "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, "num_evaluations": 1, "betas": (0.05, 0.3, 1.0)},
         "Plackett-Luce": {"method": "plackett_luce", "batch_size": preset.preference.batch_size // 2, **FEW},
         "all pairs": {"method": "dpo", "records": dict.fromkeys(seeds, pairs(records)), **FEW},
         "best against worst": {"method": "dpo", "batch_size": 27, "records": dict.fromkeys(seeds, best_worst), **FEW},
@@ -70,7 +70,7 @@ def after_imitation(preset, trained: list) -> dict:
     for run in trained:
         rankings, _ = experiments.bootstrapped_rankings(run, num_samples=4)
         own[run.seed] = pairs(rankings, num_per_prompt=preset.pairs_per_prompt, seed=run.seed)
-    options = {"method": "dpo", "betas": (0.3, 1.0, 5.0), "num_evaluations": 1}
+    options = {"method": "dpo", "betas": (0.3, 1.0, 5.0), "num_evaluations": 0}
     return experiments.run_frontiers(trained, {"graded pairs": options, "own samples": options | {"records": own}})
 
 

@@ -60,7 +60,7 @@ def grid(sfts) -> list[dict]:
     for name, (options, rates) in GRID.items():
         for rate, beta in itertools.product(rates, BETAS):
             keys.append((name, rate, beta))
-            settings += [{"sft": sft, **options, "lr": rate, "beta": beta, "num_evaluations": 1} for sft in sfts]
+            settings += [{"sft": sft, **options, "lr": rate, "beta": beta, "num_evaluations": 0} for sft in sfts]
     measured = iter(experiments.run_all(on_validation, settings))
     stages = {key: [next(measured) for _ in sfts] for key in keys}
     scores = {key: np.array([each.column("score") for each in found]) for key, found in stages.items()}  # (seeds, prompts)
@@ -93,7 +93,7 @@ def sizes(sfts) -> list[dict]:
         if budget == "equal passes" and size:
             steps = max(round(steps * size / counts[source]), 1)
         records = {seed: each[:size] for seed, each in drawn[source].items()}
-        options = {"betas": BETAS, "records": records, "steps": steps, "num_evaluations": 1}
+        options = {"betas": BETAS, "records": records, "steps": steps, "num_evaluations": 0}
         wanted |= {(source, size, budget, method): {"method": method, **options} for method in ("dpo", "odpo")}
     frontiers = experiments.run_frontiers(sfts, wanted)
     rows = []
@@ -106,7 +106,7 @@ def sizes(sfts) -> list[dict]:
             "budget": budget,
             "steps": frontier.stages[0].run.config.steps,
         }
-        heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high")}
+        heights = {"odpo_over_dpo": found["height"]} | {f"odpo_over_dpo_{end}": found[end] for end in ("low", "high")}
         for i, row in enumerate(frontier_rows({method.upper(): frontier})):
             for key in ("score", "kl"):
                 row |= with_interval(f"odpo_less_dpo_{key}", getattr(odpo, key)[:, i] - getattr(dpo, key)[:, i])
@@ -118,7 +118,7 @@ def alphas(sfts) -> list[dict]:
     """One row an alpha and beta: KL and score, and the alpha's height above DPO's frontier (alpha 0)."""
     alpha_of = {"DPO": 0.0} | {f"ODPO, alpha {alpha:g}": alpha for alpha in ALPHAS[1:]}
     wanted = {
-        name: {"method": "odpo", "alpha": alpha, "betas": BETAS, "num_evaluations": 1} for name, alpha in alpha_of.items()
+        name: {"method": "odpo", "alpha": alpha, "betas": BETAS, "num_evaluations": 0} for name, alpha in alpha_of.items()
     }
     wanted["DPO"] = {"method": "dpo", "betas": BETAS}  # the notebooks' runs
     frontiers = experiments.run_frontiers(sfts, wanted)
