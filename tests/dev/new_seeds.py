@@ -9,7 +9,6 @@ with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 
 """
 
 import argparse
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -49,6 +48,7 @@ def methods(preset, seeds: list[int]) -> dict[str, dict]:
     best_worst = [Preference(each.prompt, (each.responses[0], each.responses[-1])) for each in records]
     return {
         "SFT": {"method": "sft"},
+        "SFT on the best": {"method": "sft", "best_only": True},
         "DPO": {"method": "dpo", "betas": betas},
         "ODPO": {"method": "odpo", "betas": betas},
         "control": {"method": "odpo", "offset_scale": "mean", **FEW},
@@ -88,14 +88,11 @@ def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
         height(f"{one} over {other}, score at equal KL", one, other)
     for name, ends in PARTS.items():
         height(f"ODPO over DPO, within {name}", "ODPO", "DPO", measure=partial(height_between, within=ends))
-    imitating = replace(preset, sft_all_responses=False)
-    trained = experiments.run_all(experiments.run_sft, [{"preset": imitating, "seed": seed} for seed in seeds])
-    settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts, strict=True)]
-    stages = {("best", None): experiments.run_all(experiments.run_win_rate, settings)}
+    stages = {("best", None): list(frontiers["SFT on the best"].stages)}
     for name in ("SFT", "DPO", "ODPO"):
         for each in frontiers[name].stages:
             stages.setdefault((name, each.run.beta), []).append(each)
-    for name, frontier in after_imitation(preset, trained).items():
+    for name, frontier in after_imitation(preset, [each.run for each in stages["best", None]]).items():
         for each in frontier.stages:
             stages.setdefault((name, each.run.beta), []).append(each)
 
