@@ -11,7 +11,6 @@ no others are given; what was trained is kept.
 """
 
 import argparse
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -28,11 +27,11 @@ SIZES = (100, 400, None)  # pairs; None: all
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 
 
-def on_validation(sft=None, *, run=None, reference=None, **options):
-    """One run, this one or one from `sft`, measured on validation prompts."""
-    run = run or experiments.run_preference(sft, **options)
+def on_validation(sft, **options):
+    """One run, measured on validation prompts."""
+    run = experiments.run_preference(sft, **options)
     few = replace(run, preset=replace(run.preset, num_samples=8))
-    return experiments.run_win_rate(few, reference=reference, records=load_split(run.preset.data)[1])
+    return experiments.run_win_rate(few, records=load_split(sft.preset.data)[1])
 
 
 GRID = {  # the frontiers of notebooks 09 to 09c: what each asks of `run_preference`, and its rates
@@ -48,29 +47,23 @@ GRID = {  # the frontiers of notebooks 09 to 09c: what each asks of `run_prefere
 
 def grid(sfts) -> list[dict]:
     """One row a method, rate and beta: KL and gold score on validation prompts, which row is a method's best, and how far the
-    others lie below it, prompt by prompt. SFT on the best responses has a rate alone."""
-    lr = sfts[0].preset.sft.lr
-    imitating = replace(sfts[0].preset, sft_all_responses=False)
-    presets = {rate: replace(imitating, sft=replace(imitating.sft, lr=rate)) for rate in (lr / 2, lr, 2 * lr)}
-    trained = experiments.run_all(
-        experiments.run_sft, [{"preset": each, "seed": sft.seed} for each in presets.values() for sft in sfts]
-    )
-    keys = [("SFT on the best", rate, "") for rate in presets]
-    settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts * len(presets), strict=True)]
-    for name, (options, rates) in GRID.items():
-        for rate, beta in itertools.product(rates, BETAS):
-            keys.append((name, rate, beta))
-            settings += [{"sft": sft, **options, "lr": rate, "beta": beta, "num_evaluations": 0} for sft in sfts]
+    others lie below it, prompt by prompt."""
+    keys = [(name, rate, beta) for name, (_, rates) in GRID.items() for rate in rates for beta in BETAS]
+    settings = [
+        {"sft": sft, **GRID[name][0], "lr": rate, "beta": beta, "num_evaluations": 0}
+        for name, rate, beta in keys
+        for sft in sfts
+    ]
     measured = iter(experiments.run_all(on_validation, settings))
     stages = {key: [next(measured) for _ in sfts] for key in keys}
     scores = {key: np.array([each.column("score") for each in found]) for key, found in stages.items()}  # (seeds, prompts)
     rows = []
-    for key, found in stages.items():
-        name, rate, beta = key
+    for (name, rate, beta), found in stages.items():
+        mine = scores[name, rate, beta]
         best = max((other for other in scores if other[0] == name), key=lambda other: scores[other].mean())
         row = {"method": name, "lr": rate, "beta": beta, **with_interval("kl", [each.column("kl") for each in found])}
-        row |= with_interval("score", scores[key]) | with_interval("above_best", scores[key] - scores[best])
-        rows.append(row | {"best": int(key == best)})
+        row |= with_interval("score", mine) | with_interval("above_best", mine - scores[best])
+        rows.append(row | {"best": int((name, rate, beta) == best)})
     return rows
 
 
