@@ -35,13 +35,13 @@ def on_validation(sft, **options):
 
 
 GRID = {  # the frontiers of notebooks 09 to 09c: what each asks of `run_preference`, and its rates
-    "DPO": ({"method": "dpo"}, RATES),
+    "SLiC-HF, pull 0.1": ({"method": "slic"}, RATES),
+    "SLiC-HF, pull 0": ({"method": "slic", "slic_weight": 0.0}, RATES),
     "DPO with SGD": ({"method": "dpo", "optimizer": "sgd"}, (0.01, 0.03, 0.1)),
+    "DPO": ({"method": "dpo"}, RATES),
     "ODPO, alpha 0.5": ({"method": "odpo"}, RATES),
     "ODPO, alpha 1": ({"method": "odpo", "alpha": 1.0}, RATES),
     "control, alpha 0.5": ({"method": "odpo", "offset_scale": "mean"}, RATES),
-    "SLiC-HF, pull 0": ({"method": "slic", "slic_weight": 0.0}, RATES),
-    "SLiC-HF, pull 0.1": ({"method": "slic"}, RATES),
 }
 
 
