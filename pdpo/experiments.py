@@ -290,7 +290,8 @@ def run_frontier(
 ) -> Frontier:
     """Trains and measures one method at every beta from every SFT run, one a seed, at temperature 1.
 
-    Args: method, changes: of `run_preference`; "sft" is the point at KL 0. betas: others than the preset's.
+    Args: method, changes: of `run_preference`; "sft" is the point at KL 0, and with best_only=True SFT on the best responses alone.
+          betas: others than the preset's.
           records: for each seed what to train on; None makes pairs (or rankings) from the training split."""
     options = {"method": method, "betas": betas, "records": records, **changes}
     return run_frontiers(sfts, {"": options})[""]
@@ -322,8 +323,12 @@ def frontier_of(betas: tuple[float | None, ...], stages: list[Evaluation], *, nu
     return Frontier(betas, kl, score, tuple(stages))
 
 
-def _trained_and_measured(sft: Run, *, method: str, beta: float | None, **options) -> Evaluation:
-    return run_win_rate(sft if method == "sft" else run_preference(sft, method=method, beta=beta, **options))
+def _trained_and_measured(sft: Run, *, method: str, beta: float | None, best_only: bool = False, **options) -> Evaluation:
+    if method == "sft":
+        return run_win_rate(
+            run_sft(replace(sft.preset, sft_all_responses=False), seed=sft.seed) if best_only else sft, reference=sft
+        )
+    return run_win_rate(run_preference(sft, method=method, beta=beta, **options))
 
 
 def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preference], dict[str, int]]:

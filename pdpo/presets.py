@@ -37,12 +37,13 @@ class TrainConfig:
     simpo_offset: float = 1.0
     orpo_weight: float = 0.1
     unlikelihood_weight: float = 0.5
+    slic_weight: float = 0.1  # SLiC-HF's `regularization`
     mean_logps: bool = False  # IPO and DRDO on log-probabilities per token instead of sums
     warmup: float = 0.05
     weight_decay: float = 0.0
     optimizer: str = "adam"  # AdamW, or "sgd" (without momentum)
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    num_evaluations: int = 10  # held-out measurements along a run, beside the one before its first step
+    num_evaluations: int = 10  # held-out measurements along a run, beside the one before its first step; 0: not even that one
     micro_batch_size: int = 64  # sequences in memory at a time, at most; no effect on the gradient beyond rounding
     precision: str = "float32"  # or "bfloat16", "float16": of activations; weights are float32. "auto": `get_preset` chooses
     seed: int = 0  # of the order of the rows
@@ -71,11 +72,14 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: expected optimizer 'adam' or 'sgd', got {self.optimizer!r}.")
         if self.precision not in (*PRECISIONS, "auto"):
             raise ValueError(f"TrainConfig: expected precision in {PRECISIONS}, got {self.precision!r}.")
-        counts = ("steps", "batch_size", "micro_batch_size", "num_evaluations")
-        wrong = [f"{name} {short(getattr(self, name))}" for name in counts if not 1 <= getattr(self, name) < 2**31]
+        counts = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_evaluations": int(self.method in ONLINE)}
+        wrong = [
+            f"{name} {short(getattr(self, name))}" for name, least in counts.items() if not least <= getattr(self, name) < 2**31
+        ]
         if wrong or not 0 < self.lr < float("inf"):
-            wanted, got = f"{', '.join(counts)} from 1 to 2**31 - 1 and a finite lr > 0", ", ".join([*wrong, f"lr {self.lr}"])
-            raise ValueError(f"TrainConfig: expected {wanted}, got {got}.")
+            least = f"{', '.join(counts)} from {tuple(counts.values())} to 2**31 - 1"
+            got = ", ".join([*wrong, f"lr {self.lr}"])
+            raise ValueError(f"TrainConfig: expected {least} and a finite lr > 0, got {got}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"TrainConfig: expected a seed from 0 to 2**31 - 1, got {short(self.seed)}.")
 

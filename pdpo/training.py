@@ -22,7 +22,6 @@ from pdpo.progress import progress
 from pdpo.rows import Row, preference_rows  # noqa: F401  (the second is for notebooks)
 from pdpo.trees import supports_trees, tree_logps
 
-SLIC_REGULARIZATION = 0.1
 ORACLE_ALPHA = 0.01  # Nath 2024, arXiv:2410.08458, Eq. 5 and its footnote 5: how much the language model counts
 
 
@@ -123,7 +122,7 @@ def row_losses(policy, rows: list[Row], config: TrainConfig, *, logps_of: Callab
     else:
         pair = (logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1])
         if config.method == "slic":
-            losses, chosen, rejected = formulas.slic_loss(*pair, beta=config.beta, regularization=SLIC_REGULARIZATION)
+            losses, chosen, rejected = formulas.slic_loss(*pair, beta=config.beta, regularization=config.slic_weight)
         elif config.method == "ipo":
             losses, chosen, rejected = formulas.ipo_loss(*pair, beta=config.beta)
         elif config.method == "kto":
@@ -206,7 +205,7 @@ def train(
         rows: the training rows; for every method that has a reference, those of `drawn_rows` with reference_logps.
         config: hyperparameters; part of the checkpoint.
         held_out: rows that `eval_*` numbers are measured on, before the first step, then config.num_evaluations times, the last
-            time after the last step.
+            time after the last step; never, if that is 0.
         measure: function(policy) -> dict of more held-out numbers (the KL, say); must not draw from global generators.
             Of several processes the leader calls it.
         checkpoint: file for interrupted runs, the same one for all processes; the caller removes it.
@@ -228,6 +227,8 @@ def train(
     broadcast_weights(policy)
 
     def evaluation() -> dict:
+        if not config.num_evaluations:
+            return {}
         optimizer.zero_grad(set_to_none=True)  # room for what is measured
         numbers = evaluate_rows(policy, held_out, memory.config, logps_of=logps_of) if held_out else {}
         return numbers | (on_leader(lambda: measure(policy)) if measure else {})
@@ -236,7 +237,7 @@ def train(
     if not history:
         history.append({"step": 0, "epoch": 0.0} | evaluation())
     measuring = (time.monotonic() - began) * config.num_evaluations
-    evaluate_every = max(config.steps // config.num_evaluations, 1)
+    evaluate_every = max(config.steps // max(config.num_evaluations, 1), 1)
     name = config.method if config.beta is None else f"{config.method} beta={config.beta}"
     first = history[-1]["step"]
     for step in progress(range(first, config.steps), name, done=first, hidden=not show_progress, later=measuring):

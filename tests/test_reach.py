@@ -36,7 +36,7 @@ def now():
         ("sft preference", "losses", "return -policy_logps", "return -2 * policy_logps"),
         ("sft preference", "training", "0.1 + 0.9", "0.2 + 0.8"),
         ("preference", "sampling", "temperature == 0", "temperature <= 0.1"),
-        ("sft preference", "training", "SLIC_REGULARIZATION = ", "SLIC_REGULARIZATION = 2 * "),
+        ("sft preference", "training", "ORACLE_ALPHA = ", "ORACLE_ALPHA = 2 * "),
         ("sft preference reward_model win_rate", "models", "super().forward(hidden.float())", "super().forward(hidden)"),
         ("sft preference reward_model", "encoding", "TEMPLATE = ", 'TEMPLATE = "" + '),
         ("reward_model", "evaluation", "weight_decay * weights", "2 * weight_decay * weights"),

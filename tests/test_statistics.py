@@ -264,6 +264,9 @@ def test_run_frontier_has_a_value_for_each_seed_beta_and_prompt_and_takes_record
     alone = experiments.run_frontier(sfts, **of_dpo)
     assert np.array_equal(alone.kl, found["DPO"].kl) and alone.stages == found["DPO"].stages
     assert experiments.run_frontiers(sfts, {}) == {}
+    best = experiments.run_frontier(sfts, method="sft", best_only=True)
+    assert best.kl.shape == (2, 1, num_prompts) and best.kl.mean() > 1e-3
+    assert not any(each.run.preset.sft_all_responses for each in best.stages)
 
 
 def test_rankings_from_samples_are_sorted_by_score_without_ties_and_count_what_is_left_out(monkeypatch):

@@ -21,7 +21,6 @@ from pdpo.losses import drdo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from pdpo.models import train_tokenizer, with_reward_head
 from pdpo.presets import TrainConfig
 from pdpo.training import (
-    SLIC_REGULARIZATION,
     Row,
     batch_indices,
     drawn_rows,
@@ -186,7 +185,7 @@ def test_an_offset_and_label_smoothing_reach_the_loss():
 @pytest.mark.parametrize(
     "method, formula",
     [
-        ("slic", lambda w, l, margin, offset: (2 - w + l).clamp(min=0) - SLIC_REGULARIZATION * w),
+        ("slic", lambda w, l, margin, offset: (2 - w + l).clamp(min=0) - 0.5 * w),
         ("ipo", lambda w, l, margin, offset: (margin / 0.5 - 1) ** 2),
         ("edpo", lambda w, l, margin, offset: (offset - margin) ** 2),
         ("unlikelihood", lambda w, l, margin, offset: -w + 0.25 * l),
@@ -198,8 +197,9 @@ def test_a_method_trains_on_its_papers_formula(method, formula):
     policy.lm_head.weight.data *= 3  # away from the reference
     logps, reference = policy_logps(policy, rows).detach(), torch.tensor([row.reference_logps for row in rows])
     if config.beta is None:
-        reference, config = 0.0 * logps, replace(config, unlikelihood_weight=0.25)
-    losses, measured = row_losses(policy, rows, replace(config, beta=config.beta and 0.5))
+        reference = 0.0 * logps
+    weights = {"unlikelihood_weight": 0.25, "slic_weight": 0.5}
+    losses, measured = row_losses(policy, rows, replace(config, beta=config.beta and 0.5, **weights))
     margins = (0.5 if config.beta else 1.0) * (logps - reference)
     margins = margins[:, 0] - margins[:, 1]
     expected = formula(logps[:, 0], logps[:, 1], margins, torch.tensor([row.offset for row in rows]))
@@ -285,6 +285,10 @@ def test_training_lowers_the_loss_and_its_history_has_a_dict_a_step_with_measure
     of_pairs = {"margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"}
     assert set(history[1]) == {"loss", "grad_norm", "lr", "epoch", "step"} | (set() if method == "sft" else of_pairs)
     json.dumps(history)
+    unmeasured = train(
+        policy, rows, replace(config, num_evaluations=0), held_out=rows, measure=seen.append, show_progress=False
+    )
+    assert not any("eval_loss" in record for record in unmeasured) and len(seen) == 4
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -329,7 +333,7 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"steps": 2**70}, r"from 1 to 2\*\*31 - 1"),
         ({"batch_size": 0}, "got batch_size 0"),
         ({"micro_batch_size": 0}, "got micro_batch_size 0"),
-        ({"num_evaluations": 0}, "got num_evaluations 0"),
+        ({"num_evaluations": -1}, "got num_evaluations -1"),
         ({"lr": 0.0}, "lr > 0"),
         ({"lr": math.nan}, "lr > 0"),
         ({"lr": math.inf}, "finite lr > 0"),

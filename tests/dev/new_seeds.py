@@ -10,7 +10,6 @@ with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 
 """
 
 import argparse
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +23,7 @@ from pdpo.plots import committed_figures_dir
 from pdpo.sampling import Sample
 from pdpo.statistics import Frontier, best_of, bootstrap_interval, height_between, height_with_interval, with_interval
 
-FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 1}
+FEW = {"betas": (0.1, 0.3, 1.0), "num_evaluations": 0}
 STRONG = {"method": "odpo", "alpha": 1.0, **FEW}
 HEIGHTS = [  # at equal KL, all that notebook 09c lists
     ("ODPO", "DPO"),
@@ -53,6 +52,7 @@ def methods(preset, seeds: list[int]) -> dict[str, dict]:
     best_worst = [Preference(each.prompt, (each.responses[0], each.responses[-1])) for each in records]
     return {
         "SFT": {"method": "sft"},
+        "SFT on the best": {"method": "sft", "best_only": True},
         "DPO": {"method": "dpo", "betas": betas},
         "ODPO": {"method": "odpo", "betas": betas},
         "control": {"method": "odpo", "offset_scale": "mean", **FEW},
@@ -61,7 +61,7 @@ def methods(preset, seeds: list[int]) -> dict[str, dict]:
         "log_ratio": {"method": "odpo", "offset_scale": "log_ratio", **FEW},
         "alpha 1": STRONG,
         "alpha 1, mean margin": STRONG | {"offset_scale": "mean"},
-        "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, **FEW, "betas": (0.05, 0.3, 1.0)},
+        "SGD": {"method": "dpo", "optimizer": "sgd", "lr": 0.03, "num_evaluations": 1, "betas": (0.05, 0.3, 1.0)},
         "Plackett-Luce": {"method": "plackett_luce", "batch_size": preset.preference.batch_size // 2, **FEW},
         "all pairs": {"method": "dpo", "records": dict.fromkeys(seeds, pairs(records)), **FEW},
         "best against worst": {"method": "dpo", "batch_size": 27, "records": dict.fromkeys(seeds, best_worst), **FEW},
@@ -74,7 +74,7 @@ def after_imitation(preset, trained: list) -> dict:
     for run in trained:
         rankings, _ = experiments.bootstrapped_rankings(run, num_samples=4)
         own[run.seed] = pairs(rankings, num_per_prompt=preset.pairs_per_prompt, seed=run.seed)
-    options = {"method": "dpo", "betas": (0.3, 1.0, 5.0), "num_evaluations": 1}
+    options = {"method": "dpo", "betas": (0.3, 1.0, 5.0), "num_evaluations": 0}
     return experiments.run_frontiers(trained, {"graded pairs": options, "own samples": options | {"records": own}})
 
 
@@ -92,14 +92,11 @@ def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
         height(f"{one} over {other}, score at equal KL", one, other)
     for name, ends in PARTS.items():
         height(f"ODPO over DPO, within {name}", "ODPO", "DPO", measure=partial(height_between, within=ends))
-    imitating = replace(preset, sft_all_responses=False)
-    trained = experiments.run_all(experiments.run_sft, [{"preset": imitating, "seed": seed} for seed in seeds])
-    settings = [{"run": run, "reference": sft} for run, sft in zip(trained, sfts, strict=True)]
-    stages = {("best", None): experiments.run_all(experiments.run_win_rate, settings)}
+    stages = {("best", None): list(frontiers["SFT on the best"].stages)}
     for name in ("SFT", "DPO", "ODPO"):
         for each in frontiers[name].stages:
             stages.setdefault((name, each.run.beta), []).append(each)
-    for name, frontier in after_imitation(preset, trained).items():
+    for name, frontier in after_imitation(preset, [each.run for each in stages["best", None]]).items():
         for each in frontier.stages:
             stages.setdefault((name, each.run.beta), []).append(each)
 

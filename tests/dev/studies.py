@@ -4,11 +4,11 @@
     python tests/dev/studies.py pipeline --seeds 20
     python tests/dev/studies.py judges --seeds 21 22 23           # figures/PRESET/11c_claims.csv
 
-grid: DPO and ODPO on validation prompts, rate x beta, by which hyperparameters would be chosen. sizes: ODPO against DPO on test
-prompts at three sizes of data, with equal steps and with equal passes. alphas: ODPO at the seven alphas of its paper's Fig. 6.
-temperatures: DPO's and ODPO's win rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and
-strengths were chosen. judges: the claims of notebook 11c on its own seeds and on new ones. Seeds 0 to 2 where no others are given;
-what was trained is kept.
+grid: each frontier of notebooks 09 to 09c on validation prompts, rate x beta, nine tries each, by which rates and SLiC-HF's pull are
+chosen. sizes: ODPO against DPO on test prompts at three sizes of data, on graded pairs with equal steps and with equal passes, and
+on pairs of the policy's own samples. alphas: ODPO at the seven alphas of its paper's Fig. 6. temperatures: DPO's and ODPO's win
+rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and strengths were chosen. judges: the
+claims of notebook 11c on its own seeds and on new ones. Seeds 0 to 2 where no others are given; what was trained is kept.
 """
 
 import argparse
@@ -40,56 +40,76 @@ def on_validation(sft, **options):
     return experiments.run_win_rate(few, records=load_split(sft.preset.data)[1])
 
 
-def methods() -> dict[str, dict]:
-    """name -> what it asks of `run_preference`."""
-    return {"DPO": {"method": "dpo"}} | {f"ODPO, alpha {alpha:g}": {"method": "odpo", "alpha": alpha} for alpha in (0.5,)}
+GRID = {  # the frontiers of notebooks 09 to 09c: what each asks of `run_preference`, and its rates
+    "SLiC-HF, pull 0.1": ({"method": "slic"}, RATES),
+    "SLiC-HF, pull 0": ({"method": "slic", "slic_weight": 0.0}, RATES),
+    "DPO with SGD": ({"method": "dpo", "optimizer": "sgd"}, (0.01, 0.03, 0.1)),
+    "DPO": ({"method": "dpo"}, RATES),
+    "ODPO, alpha 0.5": ({"method": "odpo"}, RATES),
+    "ODPO, alpha 1": ({"method": "odpo", "alpha": 1.0}, RATES),
+    "control, alpha 0.5": ({"method": "odpo", "offset_scale": "mean"}, RATES),
+}
 
 
 def grid(sfts) -> list[dict]:
-    """One row a method, rate and beta: KL and gold score on validation prompts, and which row is a method's best."""
-    keys = [(name, lr, beta) for name in methods() for lr in RATES for beta in BETAS]
+    """One row a method, rate and beta: KL and gold score on validation prompts, which row is a method's best, and how far the
+    others lie below it, prompt by prompt."""
+    keys = [(name, rate, beta) for name, (_, rates) in GRID.items() for rate in rates for beta in BETAS]
     settings = [
-        {"sft": sft, "lr": lr, "beta": beta, "num_evaluations": 1, **methods()[name]} for name, lr, beta in keys for sft in sfts
+        {"sft": sft, **GRID[name][0], "lr": rate, "beta": beta, "num_evaluations": 0}
+        for name, rate, beta in keys
+        for sft in sfts
     ]
     measured = iter(experiments.run_all(on_validation, settings))
+    stages = {key: [next(measured) for _ in sfts] for key in keys}
+    scores = {key: np.array([each.column("score") for each in found]) for key, found in stages.items()}  # (seeds, prompts)
     rows = []
-    for name, lr, beta in keys:
-        stages = [next(measured) for _ in sfts]
-        row = {"method": name, "lr": lr, "beta": beta}
-        for key in ("kl", "score"):
-            row |= with_interval(key, [stage.column(key) for stage in stages])
-        rows.append(row)
-    for row in rows:
-        row["best"] = int(
-            row is max((other for other in rows if other["method"] == row["method"]), key=lambda each: each["score"])
-        )
+    for (name, rate, beta), found in stages.items():
+        mine = scores[name, rate, beta]
+        best = max((other for other in scores if other[0] == name), key=lambda other: scores[other].mean())
+        row = {"method": name, "lr": rate, "beta": beta, **with_interval("kl", [each.column("kl") for each in found])}
+        row |= with_interval("score", mine) | with_interval("above_best", mine - scores[best])
+        rows.append(row | {"best": int((name, rate, beta) == best)})
     return rows
 
 
 def sizes(sfts) -> list[dict]:
-    """One row a size, budget, method and beta, with ODPO's height above DPO's at that size and budget."""
+    """One row a source of pairs, size, budget, method and beta; with ODPO's height above DPO's at that source, size and budget,
+    and at one beta ODPO less DPO. Own samples: four a prompt, graded by the truth (Amini 2024, arXiv:2402.10571, Eq. 17)."""
     preset = sfts[0].preset
-    train = load_split(preset.data)[0]
-    drawn = {sft.seed: pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed) for sft in sfts}
-    smallest = min(map(len, drawn.values()))
+    made = {"graded": {sft.seed: load_split(preset.data)[0] for sft in sfts}}
+    made["sampled"] = {sft.seed: experiments.bootstrapped_rankings(sft, num_samples=4)[0] for sft in sfts}
+    drawn = {
+        source: {seed: pairs(each, num_per_prompt=preset.pairs_per_prompt, seed=seed) for seed, each in of_seed.items()}
+        for source, of_seed in made.items()
+    }
+    counts = {source: round(np.mean([len(each) for each in of_seed.values()])) for source, of_seed in drawn.items()}
+    keys = [("graded", size, "equal steps") for size in SIZES] + [("graded", size, "equal passes") for size in SIZES]
+    keys += [("sampled", size, "equal steps") for size in SIZES]
     wanted = {}
-    for size in SIZES:
-        for budget in ("equal steps", "equal passes"):
-            steps = preset.preference.steps
-            if budget == "equal passes" and size:
-                steps = max(round(steps * size / smallest), 1)
-            for method in ("dpo", "odpo"):
-                records = {seed: each[:size] for seed, each in drawn.items()}
-                wanted[size, budget, method] = {
-                    "method": method, "betas": BETAS, "records": records, "steps": steps, "num_evaluations": 1
-                }  # fmt: skip
+    for source, size, budget in keys:
+        steps = preset.preference.steps
+        if budget == "equal passes" and size:
+            steps = max(round(steps * size / counts[source]), 1)
+        records = {seed: each[:size] for seed, each in drawn[source].items()}
+        options = {"betas": BETAS, "records": records, "steps": steps, "num_evaluations": 0}
+        wanted |= {(source, size, budget, method): {"method": method, **options} for method in ("dpo", "odpo")}
     frontiers = experiments.run_frontiers(sfts, wanted)
     rows = []
-    for (size, budget, method), frontier in frontiers.items():
-        found = height_with_interval(frontiers[size, budget, "odpo"], frontiers[size, budget, "dpo"])
-        about = {"pairs": size or smallest, "budget": budget, "steps": wanted[size, budget, method]["steps"]}
-        heights = {f"odpo_over_dpo_{key}": found[key] for key in ("height", "low", "high")}
-        rows += [about | row | heights for row in frontier_rows({method.upper(): frontier})]
+    for (source, size, budget, method), frontier in frontiers.items():
+        dpo, odpo = (frontiers[source, size, budget, each] for each in ("dpo", "odpo"))
+        found = height_with_interval(odpo, dpo)
+        about = {
+            "source": source,
+            "pairs": size or counts[source],
+            "budget": budget,
+            "steps": frontier.stages[0].run.config.steps,
+        }
+        heights = {"odpo_over_dpo": found["height"]} | {f"odpo_over_dpo_{end}": found[end] for end in ("low", "high")}
+        for i, row in enumerate(frontier_rows({method.upper(): frontier})):
+            for key in ("score", "kl"):
+                row |= with_interval(f"odpo_less_dpo_{key}", getattr(odpo, key)[:, i] - getattr(dpo, key)[:, i])
+            rows.append(about | row | heights | {"kl_by_seed": " ".join(f"{each:.3f}" for each in frontier.kl[:, i].mean(1))})
     return rows
 
 
@@ -97,7 +117,7 @@ def alphas(sfts) -> list[dict]:
     """One row an alpha and beta: KL and score, and the alpha's height above DPO's frontier (alpha 0)."""
     alpha_of = {"DPO": 0.0} | {f"ODPO, alpha {alpha:g}": alpha for alpha in ALPHAS[1:]}
     wanted = {
-        name: {"method": "odpo", "alpha": alpha, "betas": BETAS, "num_evaluations": 1} for name, alpha in alpha_of.items()
+        name: {"method": "odpo", "alpha": alpha, "betas": BETAS, "num_evaluations": 0} for name, alpha in alpha_of.items()
     }
     wanted["DPO"] = {"method": "dpo", "betas": BETAS}  # the notebooks' runs
     frontiers = experiments.run_frontiers(sfts, wanted)
