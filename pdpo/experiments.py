@@ -324,11 +324,10 @@ def frontier_of(betas: tuple[float | None, ...], stages: list[Evaluation], *, nu
 
 
 def _trained_and_measured(sft: Run, *, method: str, beta: float | None, best_only: bool = False, **options) -> Evaluation:
-    if method == "sft":
-        return run_win_rate(
-            run_sft(replace(sft.preset, sft_all_responses=False), seed=sft.seed) if best_only else sft, reference=sft
-        )
-    return run_win_rate(run_preference(sft, method=method, beta=beta, **options))
+    if method != "sft":
+        return run_win_rate(run_preference(sft, method=method, beta=beta, **options))
+    run = run_sft(replace(sft.preset, sft_all_responses=False), seed=sft.seed) if best_only else sft
+    return run_win_rate(run, reference=sft)
 
 
 def bootstrapped_rankings(sft: Run, *, num_samples: int) -> tuple[list[Preference], dict[str, int]]:

@@ -10,6 +10,7 @@ with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
