@@ -308,10 +308,8 @@ def run_frontiers(sfts: list[Run], arguments: dict[str, dict]) -> dict[str, Fron
             of_seed = options | ({"records": records[sft.seed]} if records else {})
             settings += [{"sft": sft, "beta": beta, **of_seed} for beta in betas[name]]
     measured = iter(run_all(_trained_and_measured, settings))
-    return {
-        name: frontier_of(of_name, list(itertools.islice(measured, len(sfts) * len(of_name))), num_seeds=len(sfts))
-        for name, of_name in betas.items()
-    }
+    of = {name: list(itertools.islice(measured, len(sfts) * len(each))) for name, each in betas.items()}
+    return {name: frontier_of(betas[name], stages, num_seeds=len(sfts)) for name, stages in of.items()}
 
 
 def frontier_of(betas: tuple[float | None, ...], stages: list[Evaluation], *, num_seeds: int) -> Frontier:

@@ -77,7 +77,7 @@ class TrainConfig:
             f"{name} {short(getattr(self, name))}" for name, least in counts.items() if not least <= getattr(self, name) < 2**31
         ]
         if wrong or not 0 < self.lr < float("inf"):
-            least = f"{', '.join(counts)} from {tuple(counts.values())} to 2**31 - 1"
+            least = ", ".join(f"{name} from {value}" for name, value in counts.items()) + " to 2**31 - 1"
             got = ", ".join([*wrong, f"lr {self.lr}"])
             raise ValueError(f"TrainConfig: expected {least} and a finite lr > 0, got {got}.")
         if not 0 <= self.seed < 2**31:

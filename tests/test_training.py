@@ -330,7 +330,7 @@ def test_sgd_moves_against_the_clipped_gradient_and_adam_by_the_learning_rate(op
         ({"optimizer": "lion"}, "'adam' or 'sgd', got 'lion'"),
         ({"precision": "float64"}, "precision in .*got 'float64'"),
         ({"steps": 0}, "got steps 0"),
-        ({"steps": 2**70}, r"from 1 to 2\*\*31 - 1"),
+        ({"steps": 2**70}, r"micro_batch_size from 1, num_evaluations from 0 to 2\*\*31 - 1"),
         ({"batch_size": 0}, "got batch_size 0"),
         ({"micro_batch_size": 0}, "got micro_batch_size 0"),
         ({"num_evaluations": -1}, "got num_evaluations -1"),
