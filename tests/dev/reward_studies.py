@@ -1,18 +1,19 @@
 """The studies of notebook 11b, which take too long for it; it draws and prints what this writes into figures/PRESET.
 
-    python tests/dev/reward_studies.py overoptimisation details rudeness    # about a quarter of an hour each, on one core
+    python tests/dev/reward_studies.py overoptimisation details rudeness    # some minutes each, on one core
+    python tests/dev/reward_studies.py overoptimisation details rudeness --new
 
 overoptimisation: PPO and RLOO with hardly a brake, measured along the way, with one reward model and with the smallest score of
 three, and best-of-N. details: PPO with single details switched. rudeness: DPO and ODPO on pairs of the policy's own samples,
 ordered and offset by a classifier of rudeness alone (ODPO's Fig. 3). Each writes study_NAME.csv, of seeds 0 to 2, and its verdicts
-on these and on seeds 21 to 23, which chose nothing, into 11b_claims.csv. PPO's rate is notebook 11's; its beta of 0.001 and
+into 11b_claims.csv; with --new it repeats the verdicts on seeds 21 to 23, which chose nothing. PPO's rate is notebook 11's; its beta of 0.001 and
 the number of steps were chosen with seed 20 on validation prompts.
 """
 
 import argparse
 import random
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -279,30 +280,38 @@ def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
 STUDIES = {each.__name__: each for each in (overoptimisation, details, rudeness)}
 
 
-@cache
-def trained(preset, seed: int) -> Run:
-    return experiments.run_sft(preset, seed=seed)
+def as_text(values: tuple) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
+
+
+def as_numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.replace("[", "").replace("]", "").replace(",", "").split())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--new", action="store_true", help="only repeat the verdicts, on seeds 21 to 23")
     options = parser.parse_args()
     preset = experiments.start(options.preset)
-    folder = committed_figures_dir() / preset.name
+    folder, column = committed_figures_dir() / preset.name, "repeated" if options.new else "published"
+    sfts = [experiments.run_sft(preset, seed=seed) for seed in (NEW if options.new else PUBLISHED)]
     for name in options.studies:
-        (rows, old), (_, new) = (STUDIES[name]([trained(preset, seed) for seed in seeds]) for seeds in (PUBLISHED, NEW))
-        command = "python tests/dev/reward_studies.py"
-        claims = [row for row in committed_rows(f"{preset.name}/11b_claims", command=command) if row["study"] != name]
-        for claim in old:
-            shown = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*values[claim]) for values in (old, new)]
-            row = {"study": name, "claim": claim, "published": shown[0], "repeated": shown[1]}
-            claims.append(row | {"status": status(old[claim], new[claim])})
-            print(f"{claims[-1]['status']:14} {claim:70} {shown[0]}   {shown[1]}", flush=True)
-        for file, table in ((f"study_{name}", rows), ("11b_claims", claims)):
+        rows, claims = STUDIES[name](sfts)
+        known = committed_rows(f"{preset.name}/11b_claims", command="python tests/dev/reward_studies.py")
+        mine = {row["claim"]: row for row in known if row["study"] == name}
+        table = [row for row in known if row["study"] != name]
+        for claim, values in claims.items():
+            row = {"study": name, "claim": claim, "published": "", "repeated": ""}
+            row |= {key: mine[claim][key] for key in row if claim in mine} | {column: as_text(values)}
+            both = row["published"] and row["repeated"]
+            status_of = status(as_numbers(row["published"]), as_numbers(row["repeated"])) if both else "not repeated yet"
+            table.append(row | {"status": status_of})
+            print(f"{status_of:14} {claim:70} {row['published']}   {row['repeated']}", flush=True)
+        for file, content in (("11b_claims", table), (f"study_{name}", rows))[: 1 if options.new else 2]:
             with replacing(folder / f"{file}.csv") as temporary:
-                write_csv(temporary, table)
+                write_csv(temporary, content)
 
 
 if __name__ == "__main__":
