@@ -6,8 +6,8 @@
 overoptimisation: PPO and RLOO with hardly a brake, measured along the way, with one reward model and with the smallest score of
 three, and best-of-N. details: PPO with single details switched. rudeness: DPO and ODPO on pairs of the policy's own samples,
 ordered and offset by a classifier of rudeness alone (ODPO's Fig. 3). Each writes study_NAME.csv, of seeds 0 to 2, and its verdicts
-into 11b_claims.csv; with --new it repeats the verdicts on seeds 21 to 23, which chose nothing. PPO's rate is notebook 11's; its beta of 0.001 and
-the number of steps were chosen with seed 20 on validation prompts.
+into 11b_claims.csv; with --new it repeats the verdicts on seeds 21 to 23, which chose nothing. PPO's rate is notebook 11's; the beta
+of 0.001 and the number of steps were chosen with seed 20 on validation prompts.
 """
 
 import argparse
