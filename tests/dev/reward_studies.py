@@ -14,6 +14,7 @@ import argparse
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,14 +64,24 @@ def ensemble(sft: Run) -> list:
     return [experiments.run_oracle(sft, seed=sft.seed + more) for more in (0, 100, 200)]
 
 
+SCORERS: dict[Path, list] = {}  # of an SFT run, one a reward model: each is read and normalised once
+
+
+def scorer(sft: Run, num_models: int):
+    """As `score_of` the first models of the ensemble."""
+    if sft.path not in SCORERS:
+        SCORERS[sft.path] = [experiments.score_of([model], train_records) for model in ensemble(sft)]
+    return lambda samples: torch.stack([score(samples) for score in SCORERS[sft.path][:num_models]]).min(0).values
+
+
 def long_run(sft: Run, *, num_models: int = 1, records=test, **changes) -> dict[str, np.ndarray]:
     """(1 + measurements, prompts) of each measure, along one run."""
     config = replace(sft.preset.online, seed=sft.seed, **LONG | changes)
-    score, curve = experiments.score_of(ensemble(sft)[:num_models], train_records), []
+    score, curve = scorer(sft, num_models), []
     train_online(
         sft.load_policy(), sft.load_policy(), sft.load_tokenizer(), [record.prompt for record in train_records], score, config,
         max_new_tokens=sft.preset.max_new_tokens,
-        measure=lambda policy: curve.append(measured(policy, sft, score=score, num_samples=4, records=records)) or {},
+        measure=lambda policy: curve.append(measured(policy, sft, score=score, num_samples=2, records=records)) or {},
     )  # fmt: skip
     return {key: np.stack([each[key] for each in curve]) for key in curve[0]}
 
@@ -83,7 +94,7 @@ def best_of_sft(sft: Run, *, num_models: int) -> dict[str, np.ndarray]:
         seed=sft.seed, num_samples=SIZES[-1],
     )  # fmt: skip
     each = {(one.prompt, one.text, one.finished): one for one in samples}  # a text is often said twice
-    score = experiments.score_of(ensemble(sft)[:num_models], train_records)
+    score = scorer(sft, num_models)
     known = dict(zip(each, score(list(each.values())).tolist(), strict=True))
     grades = toy_grades(samples) | {"learned": np.array([known[one.prompt, one.text, one.finished] for one in samples])}
     grades = {key: values.reshape(len(prompts), -1) for key, values in grades.items()}
@@ -172,8 +183,7 @@ def details(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
         runs = []
         for sft in sfts:
             run = experiments.run_online(sft, **{"method": "ppo", "beta": 0.05} | changes)
-            score = experiments.score_of(ensemble(sft)[:1], train_records)
-            runs.append(measured(run.load_policy(), sft, score=score, num_samples=16))
+            runs.append(measured(run.load_policy(), sft, score=scorer(sft, 1), num_samples=16))
         found[name] = of_seeds(runs)
     rows, claims = [], {}
     for name, each in found.items():
@@ -235,7 +245,7 @@ def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
     start = of_seeds([measured(sft.load_policy(), sft, num_samples=8) for sft in sfts])
     rows, lines = [], {}
     for size in NUM_PAIRS:
-        for name in ("DPO", "ODPO", "DPO, clear pairs"):
+        for name in ("DPO", "ODPO") if size else ("DPO", "ODPO", "DPO, clear pairs"):
             stages = []
             for sft in sfts:
                 records = made[sft.seed][:size]
@@ -256,7 +266,7 @@ def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
     claims, of_size = {}, {400: "400 pairs", None: "all pairs"}
     for size, told in of_size.items():
         dpo = lines["DPO", size]
-        for name in ("ODPO", "DPO, clear pairs"):
+        for name in ("ODPO",) if size else ("ODPO", "DPO, clear pairs"):
             line = lines[name, size]
             claims[f"{told}: {name} less DPO, share of rude answers at equal KL"] = compared(height_between, line, dpo)
             claims[f"{told}: {name} less DPO, KL at an equal share of rude answers"] = compared(
@@ -267,9 +277,9 @@ def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
                     what = {"kl": "KL", "score": "share of rude answers"}[key]
                     values = getattr(line, key)[:, i] - getattr(dpo, key)[:, i]
                     claims[f"{told}: {name} less DPO at beta {beta:g}, {what}"] = difference(values)
-        claims[f"{told}: ODPO less DPO on clear pairs, share of rude answers at equal KL"] = compared(
-            height_between, lines["ODPO", size], lines["DPO, clear pairs", size]
-        )
+    claims["all pairs: ODPO less DPO on clear pairs, share of rude answers at equal KL"] = compared(
+        height_between, lines["ODPO", None], lines["DPO, clear pairs", None]
+    )
     four = [lines[name, size] for size in of_size for name in ("ODPO", "DPO")]
     claims["400 pairs less all: ODPO less DPO, share of rude answers at equal KL"] = compared(
         lambda a, b, c, d: height_between(a, b) - height_between(c, d), *four
