@@ -197,7 +197,8 @@ def details(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
     return rows, claims
 
 
-BETAS, NUM_PAIRS = (0.05, 0.2, 0.5), (400, None)
+BETAS, NUM_PAIRS = (0.05, 0.5, 2.0), (400, None)
+RUDE_LR = 1e-4  # of three with seed 20 on validation prompts: at 2e-4 nobody is rude any more, at 5e-5 little has moved
 
 
 def manners(sft: Run):
@@ -239,7 +240,7 @@ def own_pairs(sft: Run, polite) -> list[Preference]:
 
 
 def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
-    """At betas from 0.05 to 0.5 as in the paper, and its alpha of 1; "clear pairs" are those whose scores differ by more than 1/2."""
+    """Its alpha of 1, the ends of its betas and a larger one; "clear pairs" are those whose scores differ by more than 1/2."""
     judges = {sft.seed: manners(sft) for sft in sfts}
     made = {sft.seed: own_pairs(sft, judges[sft.seed]) for sft in sfts}
     start = of_seeds([measured(sft.load_policy(), sft, num_samples=8) for sft in sfts])
@@ -251,7 +252,13 @@ def rudeness(sfts: list[Run]) -> tuple[list[dict], dict[str, tuple]]:
                 records = made[sft.seed][:size]
                 if "clear" in name:
                     records = [pair for pair in records if pair.scores[0] - pair.scores[1] > 0.5]
-                options = {"method": name.split(",")[0].lower(), "alpha": 1.0, "records": records, "num_evaluations": 1}
+                options = {
+                    "method": name.split(",")[0].lower(),
+                    "alpha": 1.0,
+                    "records": records,
+                    "num_evaluations": 1,
+                    "lr": RUDE_LR,
+                }
                 runs = [experiments.run_preference(sft, beta=beta, **options) for beta in BETAS]
                 each = [measured(run.load_policy(), sft, num_samples=8) for run in runs]
                 stages.append({key: np.stack([one[key] for one in each]) for key in each[0]} | {"pairs": len(records)})
