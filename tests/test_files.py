@@ -179,7 +179,7 @@ def test_results_go_into_a_new_or_an_empty_folder_alone(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="expected an empty or a new folder"):
             check_new_folder(held)
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(ValueError, match="expected a folder of its own, got the current one"):
+    with pytest.raises(ValueError, match="expected a folder of its own for the results, got the current one"):
         check_new_folder(tmp_path / "empty")
 
 

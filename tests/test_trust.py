@@ -233,7 +233,7 @@ def write_rows(path: Path, number: int = 40, **changes) -> str:
 
 
 REFUSED = [  # what a configuration refuses in test_training.py, some of it here
-    (["--beta", "1e400"], "beta"), (["--sft-steps", "-3"], "steps"), (["--steps", str(2**70)], "from 1 to 2**31 - 1"),
+    (["--beta", "1e400"], "beta"), (["--sft-steps", "-3"], "steps"), (["--steps", str(2**70)], "to 2**31 - 1"),
     (["--out", "{file}/under/a/file"], "no folder"), (["--out", "{file}"], "expected an empty or a new folder"),
     (["--out", "{tmp}/dangling"], "expected an empty or a new folder"), (["--data", "{tmp}/absent.jsonl"], "absent.jsonl"),
     (["--data", "{tmp}/pipe.json"], "a pipe or a device"), (["--data", "{few}"], "at least 2 prompts to test on"),
