@@ -402,7 +402,9 @@ def grids(preset) -> dict[str, list[dict]]:
             options = DRDO if (alpha, gamma) == (0.1, 2.0) else VARIANT
             strength = {"drdo_alpha": alpha, "drdo_gamma": gamma}
             runs["DRDO", f"alpha {alpha:g}, gamma {gamma:g}"] = world.trained(options | strength)
-    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength"))}
+    kept = {"DPO": "beta 0.1", "DRDO": "alpha 0.1, gamma 2"}  # by the paper
+    against = {(method, strength): (method, kept[method]) for method, strength in runs}
+    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength"), against=against)}
 
 
 def lengths(preset) -> dict[str, list[dict]]:
@@ -421,12 +423,13 @@ def variants(preset) -> dict[str, list[dict]]:
     assert torch.allclose(weight_held(z, zeros, 2.0), printed) and torch.allclose(with_reference(z, zeros, 2.0), printed)
     world = World(preset, PUBLISHED, num_oracles=1)
     runs = {(name,): world.trained_on(*TERMS[name]) if name in TERMS else world.trained(METHODS[name]) for name in VARIANTS}
-    return {"study_drdo_variants": _over_sft(world, runs, ("variant",), against=dict.fromkeys(runs, ("DRDO",)))}
+    against = dict.fromkeys(runs, ("DRDO",)) | {("weight held, alone",): ("contrast alone",)}
+    return {"study_drdo_variants": _over_sft(world, runs, ("variant",), against=against)}
 
 
-def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, against: dict | None = None) -> list[dict]:
+def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, against: dict) -> list[dict]:
     """A row for each of the runs on the test prompts: gains over SFT (gold, oracle, correct, tokens), KL, tokens, how far
-    log pi of the better and of the worse held-out responses moved; of those in `against` also the differences to that other."""
+    log pi of the better and of the worse held-out responses moved; with `against` also the differences to another of them."""
     base, of, rows = world.judged(world.sfts), {key: world.judged(each) for key, each in runs.items()}, []
     for key, each in runs.items():
         row = dict(zip(keys, key, strict=True))
@@ -437,7 +440,7 @@ def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, a
         row |= with_interval("num_tokens", of[key]["tokens"].mean(2)[:, ~is_out])
         for name in ("chosen", "rejected"):
             row[name] = np.mean([run.history[-1][f"eval_{name}_logp"] - run.history[0][f"eval_{name}_logp"] for run in each])
-        for measure in ("gold", "oracle", "tokens", "kl") if against else ():
+        for measure in ("gold", "oracle", "tokens", "kl"):
             ours, theirs = (of[name][measure].mean(2)[:, ~is_out] for name in (key, against[key]))
             row |= with_interval(f"{measure}, over the other", ours - theirs)
         rows.append(row)
