@@ -1,7 +1,7 @@
 """Repeats the verdicts of notebooks 08 to 09c, or of 11, on seeds that chose nothing, and writes figures/<preset>/09_claims.csv.
 
     python tests/dev/new_seeds.py [--seeds 20 21 22 23 24] [--published 0 1 2]
-    python tests/dev/new_seeds.py --chapter 11 --seeds 21 22 23    # 11_claims.csv; 20 chose its rates
+    python tests/dev/new_seeds.py --chapter 11 [--seeds 21 22 23]    # 11_claims.csv; 20 chose its rates
 
 Half an hour on two cores with the preset tiny, from nothing; what was trained is kept. A claim's value is a paired difference
 with its 95 % bootstrap interval over seeds and prompts. "repeated": clear of 0 on both sets of seeds, on the same side;
@@ -244,10 +244,11 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--chapter", choices=("09", "11"), default="09")
     parser.add_argument("--published", nargs="+", type=int, default=[0, 1, 2], help="the notebooks' seeds")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[20, 21, 22, 23, 24], help="the new ones")
+    parser.add_argument("--seeds", nargs="+", type=int, help="the new ones; default 20 to 24, or 21 to 23")
     options = parser.parse_args()
     preset = experiments.start(options.preset)
     claims_of = pipeline if options.chapter == "11" else measured
+    options.seeds = options.seeds or ([21, 22, 23] if options.chapter == "11" else [20, 21, 22, 23, 24])
     old, new = (claims_of(preset, seeds) for seeds in (options.published, options.seeds))
     rows = []
     for claim in old:
