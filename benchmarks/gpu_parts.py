@@ -163,12 +163,12 @@ def memory(work: Work) -> Iterator[dict]:
     room, held = [10**9], [0]  # tokens: a CPU's memory cannot be limited, so in a dry run a count of them runs out
 
     def run_out(module, arguments, given):
-        held[0] += given["input_ids"].numel() if module.training else 0
+        held[0] += (*arguments, given.get("input_ids"))[0].numel() if module.training else 0
         if held[0] > room[0]:
             held[0] = 0
             raise torch.OutOfMemoryError("out of memory, simulated")
 
-    policy.register_forward_pre_hook(run_out, with_kwargs=True)
+    policy.base_model.register_forward_pre_hook(run_out, with_kwargs=True)
     policy.get_input_embeddings().weight.register_post_accumulate_grad_hook(lambda _: held.__setitem__(0, 0))
 
     def rows(sequences: int) -> list[Row]:  # as long as the longest, with nothing in common

@@ -69,8 +69,19 @@ def test_a_tree_by_hand():
     assert tree.edge_tokens.tolist() == [3, 4, 5, 7]
     assert tree.edge_heads.tolist() == [0, 1, 0, 2]
     assert tree.paths.tolist() == [[0, 1], [2, 4], [3, 4]]  # 4: nothing
-    seen = [row.nonzero().flatten().tolist() for row in ancestor_mask(tree.ends)]
+    seen = [row.nonzero().flatten().tolist() for row in ancestor_mask(tree.ends)[0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [5, 6]]
+
+
+def test_two_trees_side_by_side_by_hand():
+    #   the sequences of the test above: 1 2 3 4, filled up to the length of the other tree;  1 2 5 and 6 7
+    tree = build_tree([Encoded([1, 2, 3, 4], 2), Encoded([1, 2, 5], 2), Encoded([6, 7], 1)], max_tokens=4)
+    assert tree.input_ids.tolist() == [[1, 2, 3, 4, 0], [1, 2, 5, 6, 7]]
+    assert tree.position_ids.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
+    assert tree.heads.tolist() == [1, 2, 6, 8] and tree.edge_heads.tolist() == [0, 1, 2, 3]
+    assert tree.paths.tolist() == [[0, 1], [2, 4], [3, 4]]
+    seen = [[row.nonzero().flatten().tolist() for row in of_tree] for of_tree in ancestor_mask(tree.ends)]
+    assert seen == [[[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4]], [[0], [0, 1], [0, 1, 2], [3], [3, 4]]]
 
 
 @pytest.mark.parametrize(
@@ -97,23 +108,12 @@ def test_trees_give_the_plain_logps_losses_and_gradients(kind, attention, method
 
 
 def causal_mask(ends):
-    return torch.ones(len(ends), len(ends), dtype=torch.bool).tril()
+    return torch.ones(len(ends), ends.shape[1], ends.shape[1], dtype=torch.bool).tril()
 
 
-def unbroken_positions(sequences):
-    tree = build_tree(sequences)
-    return tree._replace(position_ids=torch.arange(tree.input_ids.shape[1])[None])
-
-
-class WithoutMask(torch.nn.Module):
-    """Drops the mask and keeps the position ids."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-
-    def forward(self, attention_mask, **arguments):
-        return self.policy(**arguments)
+def unbroken_positions(sequences, **options):
+    tree = build_tree(sequences, **options)
+    return tree._replace(position_ids=torch.arange(tree.input_ids.shape[1]).expand(tree.input_ids.shape))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])  # learned and rotary positions
@@ -126,7 +126,10 @@ def test_each_part_of_the_layout_is_needed(monkeypatch, kind):
         return float((tree_logps(policy, sequences) - expected).detach().abs().max())
 
     assert error(policy) < 1e-4
-    assert error(WithoutMask(policy)) > 0.1
+    forward = policy.base_model.forward
+    monkeypatch.setattr(policy.base_model, "forward", lambda attention_mask, **inputs: forward(**inputs))
+    assert error(policy) > 0.1
+    monkeypatch.undo()
     monkeypatch.setattr(trees, "ancestor_mask", causal_mask)
     assert error(policy) > 0.1
     monkeypatch.undo()
@@ -134,25 +137,27 @@ def test_each_part_of_the_layout_is_needed(monkeypatch, kind):
     assert error(policy) > 0.1
 
 
-def test_what_is_shared_is_laid_out_once_and_no_tree_is_larger_than_the_budget(monkeypatch):
+def test_what_is_shared_is_laid_out_once_and_no_tree_is_much_larger_than_the_budget(monkeypatch):
     policy, rows = random_policy(), random_rows(num_rows=16)
     sequences = [each for row in rows for each in row.sequences]
-    sizes = []
+    shapes = []
 
-    def counted(part):
-        tree = build_tree(part)
-        sizes.append(tree.input_ids.shape[1])
+    def counted(sequences, **options):
+        tree = build_tree(sequences, **options)
+        shapes.append(tuple(tree.input_ids.shape))
         return tree
 
     monkeypatch.setattr(trees, "build_tree", counted)
     whole = tree_logps(policy, sequences, max_tokens=1000)
-    assert sizes == [len({tuple(each.input_ids[: i + 1]) for each in sequences for i in range(len(each.input_ids))})]
-    assert sizes[0] > policy.config.n_positions  # a tree may be longer than the context: positions are depths
+    size = len({tuple(each.input_ids[: i + 1]) for each in sequences for i in range(len(each.input_ids))})
+    assert shapes == [(1, size)]
+    assert size > policy.config.n_positions  # a tree may be longer than the context: positions are depths
+    longest = max(len(each.input_ids) for each in sequences)
     for budget in (1, 20, 40):
-        sizes.clear()
         cut = tree_logps(policy, sequences, max_tokens=budget)
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-4)
-        assert max(sizes) <= max(budget, max(len(each.input_ids) for each in sequences)) and len(sizes) > 1
+        num_trees, width = shapes[-1]
+        assert num_trees > 1 and width <= budget + longest
 
 
 def test_policies_that_take_no_tree_run_on_the_plain_path_and_it_is_said(capsys):
