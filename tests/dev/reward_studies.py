@@ -316,6 +316,9 @@ def main() -> None:
     sfts = [experiments.run_sft(preset, seed=seed) for seed in (NEW if options.new else PUBLISHED)]
     for name in options.studies:
         rows, claims = STUDIES[name](sfts)
+        claims = {
+            claim: values for claim, values in claims.items() if np.isfinite(values).all()
+        }  # else no range of KL is shared
         known = committed_rows(f"{preset.name}/11b_claims", command="python tests/dev/reward_studies.py")
         mine = {row["claim"]: row for row in known if row["study"] == name}
         table = [row for row in known if row["study"] != name]
