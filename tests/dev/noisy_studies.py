@@ -41,7 +41,7 @@ EDPO = DPO | {"method": "edpo", "lr": HIGH}
 DRDO = {"method": "drdo", "drdo_alpha": 0.1, "drdo_gamma": 2.0, "num_evaluations": 3, "lr": LOW, "steps": 60}
 VARIANT = DRDO | {"num_evaluations": 1}
 IPO = {"method": "ipo", "num_evaluations": 1, "steps": 60}
-METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 on validation prompts
+METHODS = {  # the first five as notebook 10, section 8, once chose them with seed 0 on validation prompts; e-DPO now at LOW
     "DPO": DPO,
     "e-DPO": EDPO,
     "DRDO": DRDO,
