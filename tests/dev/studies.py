@@ -103,7 +103,7 @@ def sizes(sfts) -> list[dict]:
             "source": source,
             "pairs": size or counts[source],
             "budget": budget,
-            "steps": frontier.stages[0].run.config.steps,
+            "steps": frontier.stages[0].run.train.steps,
         }
         heights = {"odpo_over_dpo": found["height"]} | {f"odpo_over_dpo_{end}": found[end] for end in ("low", "high")}
         for i, row in enumerate(frontier_rows({method.upper(): frontier})):
