@@ -5,6 +5,7 @@ What draws a whole figure takes its claim as the title and returns the figure an
 import csv
 import io
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ STYLES = [
 ]
 plt.rc("figure", figsize=(7.0, 4.2), dpi=110, **{"constrained_layout.use": True})
 plt.rc("savefig", dpi=150)
+warnings.filterwarnings("ignore", "Creating legend with loc")  # it says how busy the machine is, on red
 plt.rc("axes", titlesize=11, **{"spines.top": False, "spines.right": False})
 plt.rc("lines", markersize=5)
 plt.rc("legend", frameon=False)
