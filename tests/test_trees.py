@@ -74,6 +74,9 @@ def test_two_trees_side_by_side_by_hand():
     assert tree.paths.tolist() == [[0, 1], [2, 4], [3, 4]]
     seen = [[row.nonzero().flatten().tolist() for row in of_tree] for of_tree in ancestor_mask(tree.ends)]
     assert seen == [[[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4]], [[0], [0, 1], [0, 1, 2], [3], [3, 4]]]
+    filled = build_tree([Encoded([1, 2, 3, 4], 2), Encoded([6, 7], 1)], max_tokens=3).ends
+    seen = [row.nonzero().flatten().tolist() for row in ancestor_mask(filled)[1]]
+    assert seen == [[0], [0, 1], [2], [3]]  # what fills a tree up sees itself alone
 
 
 @pytest.mark.parametrize(
