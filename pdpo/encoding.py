@@ -69,9 +69,9 @@ def _tokenized(tokenizer, texts: list[tuple[str, str]]) -> list[Encoded]:
         [before + response.strip() for before, (_, response) in zip(templated, texts, strict=True)],
         add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
-    first = first_ids(tokenizer)
+    first, end_id = first_ids(tokenizer), tokenizer.eos_token_id  # looked up once: it is a search in the vocabulary
     return [
-        Encoded(first + ids + [tokenizer.eos_token_id], len(first) + sum(end <= len(before) for _, end in offsets))
+        Encoded(first + ids + [end_id], len(first) + sum(end <= len(before) for _, end in offsets))
         for ids, offsets, before in zip(joint.input_ids, joint.offset_mapping, templated, strict=True)
     ]
 

@@ -7,7 +7,6 @@ import torch
 
 from pdpo.device import autocast
 from pdpo.encoding import Encoded, encode_prompt, in_batches
-from pdpo.preferences import gumbel_sample
 from pdpo.progress import progress
 
 
@@ -58,19 +57,19 @@ def sample(
             f"sample: expected max_new_tokens from 1 to {tokenizer.model_max_length - 1}, got {max_new_tokens}. The prompt needs room, too."
         )
     policy.eval()
-    device = next(policy.parameters()).device
+    device, eos = next(policy.parameters()).device, tokenizer.eos_token_id
     seeds, generator = torch.Generator().manual_seed(seed), torch.Generator(device)
     encoded = [encode_prompt(tokenizer, prompt, max_length=room) for prompt in prompts]
     new_ids: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
     for rows in progress(in_batches([len(ids) for ids in encoded], max(batch_size // num_samples, 1)), "sampling"):
         generator.manual_seed(torch.randint(2**31, (), generator=seeds).item())
         with autocast(device, precision):
-            _extend(policy, [encoded[i] for i in rows], [each for i in rows for each in new_ids[i]], tokenizer.eos_token_id,
-                    temperature, top_p, max_new_tokens, generator, device)  # fmt: skip
+            _extend(policy, [encoded[i] for i in rows], [each for i in rows for each in new_ids[i]], eos, temperature,
+                    top_p, max_new_tokens, generator, device)  # fmt: skip
     samples = []
     for prompt, prompt_ids, responses in zip(prompts, encoded, new_ids, strict=True):
         for response_ids in responses:
-            finished = response_ids[-1] == tokenizer.eos_token_id
+            finished = response_ids[-1] == eos
             text = tokenizer.decode(response_ids[:-1] if finished else response_ids).strip()
             samples.append(Sample(prompt, text, Encoded(prompt_ids + response_ids, len(prompt_ids)), finished))
     return samples
@@ -109,7 +108,8 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, top_p, max_new_tokens
                 each.repeat_interleave(num_samples, 0) for each in (logits, attention_mask, position_ids)
             )  # (B, ...), B = P * num_samples
         if temperature > 0:  # noise for ended rows, too: what the others meet must not depend on who has ended
-            noise = gumbel_sample(logits.new_zeros(len(new_ids), logits.shape[1]), generator=generator)
+            uniform = torch.rand(len(new_ids), logits.shape[1], generator=generator, device=device)
+            noise = -uniform.log_().neg_().log_()  # Gumbel, by inverting its distribution function exp(-exp(-g))
             logits = logits / temperature
             logits = (logits if top_p == 1 else within_top_p(logits, top_p)) + noise[live]
         tokens = logits.argmax(-1)  # (B,)

@@ -162,6 +162,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("sample: positions from one", "_extend", ".cumsum(1) - 1)", ".cumsum(1))", "sampling"),
     ("sample: temperature the wrong way", "_extend", "logits / temperature", "logits * temperature", "sampling"),
     ("sample: rows mixed up when one ends", "_extend", "each[going_on] for each in (live, tokens,", "each[: len(going_on)] for each in (live, tokens,", "sampling"),
+    ("sample: noise of the wrong sign", "_extend", "noise = -uniform", "noise = uniform", "sampling"),
     ("sample: the noise of those that ended moves up", "_extend", "noise[live]", "noise[: len(live)]", "sampling"),
     ("sample: samples of a prompt mixed up", "_extend", "each.repeat_interleave(num_samples, 0)", "each.repeat(num_samples, *[1] * (each.ndim - 1))", "sampling"),
     ("top-p: a token too few", "within_top_p", "probabilities.cumsum(-1) - probabilities", "probabilities.cumsum(-1)", "sampling"),
