@@ -124,6 +124,59 @@ def measured(preset, seeds: list[int]) -> dict[str, tuple[float, float, float]]:
             for key in ("score", "correct", "courteous"):
                 claim = f"after imitation, DPO on {name} at beta {beta:g} over imitation, {key}"
                 difference(claim, key, (name, beta), best)
+    for name in ("alpha 1", "SGD"):
+        stages[name, 0.3] = list(frontiers[name].at(0.3).stages)
+    for key in ("score", "kl"):
+        difference(f"alpha 1 over alpha 0 at beta 0.3, {key}", key, ("alpha 1", 0.3), ("DPO", 0.3))
+    for key in ("kl", "score", "correct", "courteous", "rude"):
+        difference(f"SGD over Adam at beta 0.3, {key}", key, ("SGD", 0.3), ("DPO", 0.3))
+    return found | by_temperature(preset, stages) | by_size(preset, sfts) | borrowed_scores(preset, sfts, stages)
+
+
+def by_temperature(preset, stages: dict) -> dict[str, tuple[float, float, float]]:
+    """ODPO's answers against DPO's at beta 0.3: how often the higher gold score, a tie as a half, less a half."""
+    asked = [(method, temperature) for method in ("ODPO", "DPO") for temperature in preset.temperatures]
+    runs = {method: [each.run for each in stages[method, 0.3]] for method in ("ODPO", "DPO")}
+    settings = [{"run": run, "temperature": temperature} for method, temperature in asked for run in runs[method]]
+    measured = iter(experiments.run_all(experiments.run_win_rate, settings))
+    scores = {key: np.stack([next(measured).samples("score") for _ in runs[key[0]]]) for key in asked}  # (seeds, prompts, K)
+    found = {}
+    for temperature in preset.temperatures:
+        ours, theirs = scores["ODPO", temperature], scores["DPO", temperature]
+        beats = ((ours > theirs) + 0.5 * (ours == theirs)).mean(2) - 0.5
+        found[f"ODPO against DPO at temperature {temperature:g}, wins less a half"] = tuple(with_interval("", beats).values())
+    return found
+
+
+def by_size(preset, sfts: list) -> dict[str, tuple[float, float, float]]:
+    """ODPO above DPO at equal KL on few graded pairs, with as many steps as on all, as in `studies.py sizes`."""
+    train, wanted = load_split(preset.data)[0], {}
+    for size in (100, 400):
+        records = {sft.seed: pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed)[:size] for sft in sfts}
+        options = {"records": records, "steps": preset.preference.steps, **FEW}
+        wanted |= {(size, method): {"method": method, **options} for method in ("dpo", "odpo")}
+    frontiers, found = experiments.run_frontiers(sfts, wanted), {}
+    for size in (100, 400):
+        values = height_with_interval(frontiers[size, "odpo"], frontiers[size, "dpo"])
+        found[f"ODPO over DPO, score at equal KL, {size} pairs"] = values["height"], values["low"], values["high"]
+    return found
+
+
+def borrowed_scores(preset, sfts: list, stages: dict) -> dict[str, tuple[float, float, float]]:
+    """ODPO at beta 0.3 with a reward model's scores instead of the true ones."""
+    train = load_split(preset.data)[0]
+    models = experiments.run_all(experiments.run_reward_model, [{"sft": sft} for sft in sfts])
+    supplied = {
+        sft.seed: model.scored(pairs(train, num_per_prompt=preset.pairs_per_prompt, seed=sft.seed))
+        for sft, model in zip(sfts, models, strict=True)
+    }
+    options = {"method": "odpo", "betas": (0.3,), "records": supplied, "num_evaluations": 0}
+    ours, found = experiments.run_frontiers(sfts, {"": options})[""].stages, {}
+    for name in ("ODPO", "DPO"):
+        for key in ("score", "kl"):
+            values = np.stack([a.column(key) - b.column(key) for a, b in zip(ours, stages[name, 0.3], strict=True)])
+            claim = f"ODPO at beta 0.3 with a reward model's scores over {name}, {key}"
+            found[claim] = tuple(with_interval("", values).values())
     return found
 
 
