@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from pdpo.progress import progress
 from pdpo.reach import code_version, name_of
 
 LARGE = 2**26  # bytes: files above are checked when they are first needed
+# loky says so when it replaces a process that has grown by 300 MB, which a model in memory does; no run is lost
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
 
 
 class Missing(Exception):

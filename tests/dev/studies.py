@@ -1,30 +1,36 @@
 """The studies of notebooks 09b, 09c, 11 and 11c that take too long to be made whenever the notebooks run; they draw what this writes.
 
     python tests/dev/studies.py grid sizes alphas temperatures    # figures/PRESET/study_*.csv; five to ten minutes each, on two cores
+    python tests/dev/studies.py imitation --seeds 21 22 23        # seed 20 chooses beta
     python tests/dev/studies.py pipeline --seeds 20
     python tests/dev/studies.py judges --seeds 21 22 23           # figures/PRESET/11c_claims.csv
 
 grid: each frontier of notebooks 09 to 09c on validation prompts, rate x beta, nine tries each, by which rates and SLiC-HF's pull are
 chosen. sizes: ODPO against DPO on test prompts at three sizes of data, on graded pairs with equal steps and with equal passes, and
 on pairs of the policy's own samples. alphas: ODPO at the seven alphas of its paper's Fig. 6. temperatures: DPO's and ODPO's win
-rates for every beta and sampling temperature. pipeline: by which notebook 11's rates and strengths were chosen. judges: the
-claims of notebook 11c on its own seeds and on new ones. Seeds 0 to 2 where no others are given; what was trained is kept.
+rates for every beta and sampling temperature. imitation: DPO against SFT on the best response, where that response is missing, where
+only two mediocre ones are left, and where the order is noisy. pipeline: by which notebook 11's rates and strengths were chosen.
+judges: the claims of notebook 11c on its own seeds and on new ones. Seeds 0 to 2 where no others are given; what was trained is kept.
 """
 
 import argparse
+import json
 from dataclasses import replace
 from unittest import mock
 
 import nbformat
 import numpy as np
+import torch
 from new_seeds import status
 
 from pdpo import experiments
-from pdpo.data import load_split, pairs
+from pdpo.data import Preference, load_split, pairs
 from pdpo.files import replacing, write_csv
 from pdpo.plots import committed_figures_dir
-from pdpo.presets import PRESETS
+from pdpo.preferences import gumbel_ranking
+from pdpo.presets import PRESETS, Preset
 from pdpo.runner import notebooks_dir
+from pdpo.stages import runs_dir
 from pdpo.statistics import frontier_rows, height_with_interval, with_interval
 
 BETAS = (0.1, 0.3, 1.0)
@@ -152,6 +158,82 @@ def at_temperature(sft, *, method, beta, temperature):
     return experiments.run_win_rate(run, temperature=temperature)
 
 
+def in_world(name: str, record: Preference, generator: torch.Generator) -> Preference:
+    """What a world holds of a training record; a ranking without scores."""
+    responses = record.responses
+    if name == "noisy order":  # Plackett-Luce of score / 3: the best response comes first in two prompts of three or so
+        order = gumbel_ranking(torch.tensor(record.scores) / 3, generator=generator)
+        responses = tuple(responses[i] for i in order)
+    return Preference(record.prompt, {"best missing": responses[1:], "two mediocre": responses[1:3]}.get(name, responses))
+
+
+def world(name: str, preset: Preset) -> Preset:
+    """The preset on a data set whose training records are a world's, with the same split."""
+    if name == "all four":
+        return preset
+    train, validation, test = load_split(preset.data)
+    generator = torch.Generator().manual_seed(0)
+    records = [in_world(name, each, generator) for each in train] + validation + test
+    path = runs_dir() / "worlds" / f"{name.replace(' ', '_')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": each.prompt, "responses": each.responses}) for each in records]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    return replace(preset, data=str(path))
+
+
+def on_toy(run, *, validation: bool):
+    """A run's policy on the toy's prompts, graded, whatever it was trained on."""
+    graded = replace(run, preset=replace(run.preset, data="toy"))
+    return experiments.run_win_rate(graded, records=load_split("toy")[1] if validation else None)
+
+
+WORLDS = ("all four", "best missing", "two mediocre", "noisy order")
+ARMS = {"DPO": BETAS, "imitation, then DPO": (0.3, 1.0, 5.0)}
+
+
+def imitation(sfts) -> list[dict]:
+    """One row a world and arm: SFT on all responses, SFT on the best of each prompt (imitation), and DPO from either, at the beta
+    that scores best on the validation prompts with seed 20; score, share of right and of courteous answers, and the score over
+    imitation's. Pairs are drawn from all that a world holds."""
+    seeds, rows = [20, *(sft.seed for sft in sfts)], []
+    worlds = {name: world(name, sfts[0].preset) for name in WORLDS}
+    best_only = {name: replace(preset, sft_all_responses=False) for name, preset in worlds.items()}
+    keys = [(name, arm, seed) for name in WORLDS for arm in ("SFT", "imitation") for seed in seeds]
+    asked = [{"preset": (worlds if arm == "SFT" else best_only)[name], "seed": seed} for name, arm, seed in keys]
+    runs = {(*key, None): run for key, run in zip(keys, experiments.run_all(experiments.run_sft, asked), strict=True)}
+    keys = [(name, arm, seed, beta) for name in WORLDS for arm, betas in ARMS.items() for seed in seeds for beta in betas]
+    asked = [
+        {
+            "sft": runs[name, "SFT" if arm == "DPO" else "imitation", seed, None],
+            "method": "dpo",
+            "beta": beta,
+            "num_evaluations": 0,
+        }
+        for name, arm, seed, beta in keys
+    ]
+    runs |= dict(zip(keys, experiments.run_all(experiments.run_preference, asked), strict=True))
+    tried = [key for key in runs if key[2] == 20]
+    found = experiments.run_all(on_toy, [{"run": runs[key], "validation": True} for key in tried])
+    scores = {key: float(each.column("score").mean()) for key, each in zip(tried, found, strict=True)}
+    chosen = {}
+    for name, arm, _, _ in tried:
+        mine = {beta: score for (of, method, _, beta), score in scores.items() if (of, method) == (name, arm)}
+        chosen[name, arm] = max(mine, key=mine.__getitem__)
+    keys = [(*key, seed, beta) for key, beta in chosen.items() for seed in seeds[1:]]
+    found = experiments.run_all(on_toy, [{"run": runs[key], "validation": False} for key in keys])
+    stages: dict[tuple, list] = {}
+    for (name, arm, _, _), stage in zip(keys, found, strict=True):
+        stages.setdefault((name, arm), []).append(stage)
+    for (name, arm), of in stages.items():
+        row = {"world": name, "arm": arm, "beta": chosen[name, arm] or ""}
+        for key in ("score", "correct", "courteous"):
+            row |= with_interval(key, [each.column(key) for each in of])
+        pairs_of = zip(of, stages[name, "imitation"], strict=True)
+        rows.append(row | with_interval("over_imitation", [a.column("score") - b.column("score") for a, b in pairs_of]))
+    return rows
+
+
 def pipeline(sfts) -> list[dict]:
     """Four tries for each method of notebook 11, on validation prompts; the best score at a KL below 5 chooses."""
     two = [{"lr": lr} for lr in (2e-4, 1e-3)]
@@ -194,7 +276,7 @@ def judges(sfts) -> list[dict]:
     return rows
 
 
-STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures, pipeline, judges)}
+STUDIES = {each.__name__: each for each in (grid, sizes, alphas, temperatures, imitation, pipeline, judges)}
 
 
 def main() -> None:
