@@ -154,8 +154,9 @@ def compared(measure, *frontiers: Frontier, over: str = "", **about) -> Claim:
     values = resampled(lambda points: measure(*points), list(frontiers))
     known = values[np.isfinite(values)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
-    without = f"; none in {1 - len(known) / len(values):.1%} of draws" if len(known) < len(values) else ""
-    return Claim(float(measure(*(each.points() for each in frontiers))), float(low), float(high), over + without, **about)
+    without = [f"none in {1 - len(known) / len(values):.1%} of draws"] if len(known) < len(values) else []
+    over = "; ".join([over] * bool(over) + without)
+    return Claim(float(measure(*(each.points() for each in frontiers))), float(low), float(high), over, **about)
 
 
 def height(one: Frontier, other: Frontier, *, within: tuple[float, float] = (0.0, math.inf), axis: int = 0) -> Claim:
@@ -166,7 +167,8 @@ def height(one: Frontier, other: Frontier, *, within: tuple[float, float] = (0.0
     def measure(points, others) -> float:
         return height_between(*(each[:: -1 if axis else 1] for each in (points, others)), within=within)
 
-    over = f"{low:.2f} to {high:.2f}" if low < high else ""
+    digits = 3 if axis else 2
+    over = f"{low:.{digits}f} to {high:.{digits}f}" if low < high else ""
     return compared(measure, one, other, over=over, shared="share" if axis else "KL")
 
 
@@ -470,7 +472,7 @@ def main() -> None:
                 write_csv(temporary, table)
         for row in table:
             if row["study"] == name:
-                print(f"{row['status']:14} {row['claim']:80} {row['published']}   {row['repeated']}", flush=True)
+                print(f"{row['status']:16} {row['published']:24} {row['repeated']:24} {row['claim']}", flush=True)
         if not options.new:
             with replacing(folder / f"study_{name}.csv") as temporary:
                 write_csv(temporary, rows)
