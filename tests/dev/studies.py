@@ -168,17 +168,17 @@ def in_world(name: str, record: Preference, generator: torch.Generator) -> Prefe
 
 
 def world(name: str, preset: Preset) -> Preset:
-    """The preset on a data set whose training records are a world's, with the same split."""
-    if name == "all four":
-        return preset
-    train, validation, test = load_split(preset.data)
+    """The preset on a file of what a world holds of the toy's training records, which is split anew: a policy learns from 85 % of
+    them, and the toy's validation and test prompts are in none of the parts."""
     generator = torch.Generator().manual_seed(0)
-    records = [in_world(name, each, generator) for each in train] + validation + test
+    records = [in_world(name, each, generator) for each in load_split("toy")[0]]
     path = runs_dir() / "worlds" / f"{name.replace(' ', '_')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt": each.prompt, "responses": each.responses}) for each in records]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
+    asked = {record.prompt for part in load_split("toy")[1:] for record in part}
+    assert not asked & {record.prompt for record in load_split(path)[0]}
     return replace(preset, data=str(path))
 
 
