@@ -1,9 +1,10 @@
 """The studies of notebook 10 that take too long to be made whenever it runs; it draws and prints what this writes.
 
-    python tests/dev/noisy_studies.py claims temperatures steps splits sizes grids lengths variants      # into figures/tiny
+    python tests/dev/noisy_studies.py claims primary temperatures steps splits sizes grids lengths variants      # into figures/tiny
 
-claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). temperatures: DRDO's meetings with
-the others at four temperatures (the paper's Table 2; study_wins.csv), and what each gains there (Fig. 3; study_advantage.csv). steps:
+claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). primary: DRDO over DPO on ten such
+seeds (10_primary.csv). temperatures: DRDO's meetings with the others at four temperatures (the paper's Table 2; study_wins.csv), and
+what each gains there (Fig. 3; study_advantage.csv). steps:
 what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
 meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students half and twice as wide
 (study_student_sizes.csv). grids: DPO on the paper's betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv).
@@ -267,6 +268,18 @@ def claims(preset) -> dict[str, list[dict]]:
     return {"10_claims": rows}
 
 
+def primary(preset) -> dict[str, list[dict]]:
+    """DRDO over DPO, the paper's first comparison, on ten seeds that chose nothing: five of `claims`, and five more."""
+    world, rows = World(preset, range(10, 20), num_oracles=1), []
+    one, other = (world.judged(world.trained(METHODS[name], num_evaluations=1)) for name in ("DRDO", "DPO"))
+    for judge in JUDGES:
+        for where, some in (("twelve families", ~is_out), ("two left out", is_out)):
+            value, low, high = _difference(one[judge], other[judge], some)
+            rows.append({"judge": judge, "prompts": where, "difference": value, "low": low, "high": high})
+            print(rows[-1], flush=True)
+    return {"10_primary": rows}
+
+
 def _shown(values: tuple) -> str:
     return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values)
 
@@ -448,7 +461,7 @@ def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, a
     return rows
 
 
-STUDIES = {each.__name__: each for each in (claims, temperatures, steps, splits, sizes, grids, lengths, variants)}
+STUDIES = {each.__name__: each for each in (claims, primary, temperatures, steps, splits, sizes, grids, lengths, variants)}
 
 
 def main() -> None:
