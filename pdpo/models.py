@@ -200,19 +200,18 @@ def load_judge(preset: Preset | str, *, cache_dir: Path | None = None) -> Judge:
     The last one that a process has loaded stays in memory, as each evaluation asks for it again.
 
     Args: cache_dir: where embeddings are kept; None keeps none."""
-    name = get_preset(preset).judge
-    return _judge(name, judge_digest(name), cache_dir)
+    return _judge(get_preset(preset).judge, cache_dir)
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(name: str, known_by: str, cache_dir: Path | None) -> Judge:
+def _judge(name: str, cache_dir: Path | None) -> Judge:
     from sentence_transformers import SentenceTransformer  # seconds to import: only where a judge is needed
 
     folder = _judge_folder(name)
     if name == DEFAULT_JUDGE and (digest := file_sha256(folder / "model.safetensors")) != JUDGE_SHA256:
         wanted = f"{folder}/model.safetensors with sha256 {JUDGE_SHA256}, got {digest}"
         raise ValueError(f"load_judge: expected {wanted}. Remove that copy and load again.")
-    cache_file = cache_dir and Path(cache_dir) / hashlib.sha256(known_by.encode()).hexdigest()[:16]
+    cache_file = cache_dir and Path(cache_dir) / hashlib.sha256(judge_digest(name).encode()).hexdigest()[:16]
     return Judge(SentenceTransformer(str(folder), device="cuda" if torch.cuda.is_available() else "cpu"), cache_file)
 
 

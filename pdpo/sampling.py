@@ -109,7 +109,8 @@ def _extend(policy, prompt_ids, new_ids, eos, temperature, top_p, max_new_tokens
             )  # (B, ...), B = P * num_samples
         if temperature > 0:  # noise for ended rows, too: what the others meet must not depend on who has ended
             uniform = torch.rand(len(new_ids), logits.shape[1], generator=generator, device=device)
-            noise = -uniform.log_().neg_().log_()  # Gumbel, by inverting its distribution function exp(-exp(-g))
+            # Gumbel, by inverting its distribution function exp(-exp(-g)); `gumbel_sample`'s exponential_ is much slower on a CPU
+            noise = -uniform.log_().neg_().log_()
             logits = logits / temperature
             logits = (logits if top_p == 1 else within_top_p(logits, top_p)) + noise[live]
         tokens = logits.argmax(-1)  # (B,)

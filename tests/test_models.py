@@ -208,3 +208,11 @@ def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, 
 def test_a_judge_may_be_a_folder(packaged):
     judge = load_judge(replace(TINY, judge=str(packaged)))
     assert judge.cache_file is None and judge.embed(["a"]).shape == (1, 384)
+
+
+def test_a_judge_stays_in_memory_and_another_one_takes_its_place(packaged, tmp_path):
+    judge = load_judge(TINY)
+    assert load_judge(replace(TINY, num_samples=2)) is judge
+    assert load_judge(TINY, cache_dir=tmp_path) is not judge  # which keeps its embeddings elsewhere
+    judge = load_judge(TINY)
+    assert load_judge(replace(TINY, judge=str(packaged))) is not judge
