@@ -2,19 +2,20 @@
 
     python tests/dev/noisy_studies.py claims primary temperatures steps splits sizes grids lengths variants      # into figures/tiny
 
-claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). primary: DRDO over DPO on ten such
-seeds (10_primary.csv). temperatures: DRDO's meetings with the others at four temperatures (the paper's Table 2; study_wins.csv), and
+claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). primary: DRDO over DPO on twenty
+such seeds (10_primary.csv). temperatures: DRDO's meetings with the others at four temperatures (the paper's Table 2; study_wins.csv), and
 what each gains there (Fig. 3; study_advantage.csv). steps:
 what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
 meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students half and twice as wide
 (study_student_sizes.csv). grids: DPO on the paper's betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv).
 lengths: IPO on sums and on means per token (study_ipo_lengths.csv). variants: other forms of DRDO's second term
-(study_drdo_variants.csv). What was trained is kept; a study's last line names its minutes.
+(study_drdo_variants.csv). The last three, too, on both sets of seeds. What was trained is kept; a study's last line names its minutes.
 """
 
 import argparse
 import hashlib
 import inspect
+import itertools
 import time
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -42,11 +43,16 @@ EDPO = DPO | {"method": "edpo"}
 DRDO = {"method": "drdo", "drdo_alpha": 0.1, "drdo_gamma": 2.0, "num_evaluations": 3, "lr": LOW, "steps": 60}
 VARIANT = DRDO | {"num_evaluations": 1}
 IPO = {"method": "ipo", "num_evaluations": 1, "steps": 60}
-METHODS = {  # the first five as notebook 10, section 8, chose them with seed 0 on validation prompts
+METHODS = {  # the first ten as notebook 10, section 8, chose them with seed 0 on validation prompts
     "DPO": DPO,
     "e-DPO": EDPO,
     "DRDO": DRDO,
-    "IPO, means": {"method": "ipo", "beta": 0.1, "mean_logps": True, "num_evaluations": 1, "lr": LOW, "steps": 60},
+    "IPO, means": IPO | {"beta": 0.1, "mean_logps": True, "lr": LOW},
+    "IPO": IPO | {"beta": 0.1, "lr": LOW},
+    "cDPO": DPO | {"label_smoothing": 0.3, "lr": HIGH, "num_evaluations": 1},
+    "SimPO": {"method": "simpo", "simpo_scale": 2.0, "simpo_offset": 1.0, "num_evaluations": 1, "lr": LOW, "steps": 60},
+    "ORPO": {"method": "orpo", "orpo_weight": 0.1, "num_evaluations": 1, "lr": LOW, "steps": 60},
+    "KTO": {"method": "kto", "beta": 0.1, "num_evaluations": 1, "lr": LOW, "steps": 60},
     "imitation": {"method": "orpo", "orpo_weight": 0.0, "num_evaluations": 1, "lr": LOW, "steps": 60},
     "DPO at 1e-3": DPO | {"lr": HIGH},
     "DPO at 1e-3, all labels": DPO | {"lr": HIGH, "steps": 130, "num_evaluations": 1},
@@ -237,6 +243,14 @@ WARM = [  # at temperature 1; the first two are the paper's and this chapter's q
     ("DRDO", "imitation on sums", JUDGES),
     ("IPO, means", "DRDO", (*JUDGES, "kl")),
     ("e-DPO", "DPO", (*JUDGES, "kl")),
+    ("cDPO", "DPO", (*JUDGES, "correct", "kl")),
+    ("IPO", "DPO", JUDGES),
+    ("IPO, means", "DPO", JUDGES),
+    ("KTO", "DPO", JUDGES),
+    ("SimPO", "DPO", JUDGES),
+    ("SimPO", "SFT", JUDGES),
+    ("ORPO", "SFT", JUDGES),
+    ("imitation", "SFT", JUDGES),
     ("e-DPO at 1e-3", "DPO at 1e-3", (*JUDGES, "kl")),
     ("e-DPO at 1e-3", "DPO at 1e-3, all labels", JUDGES),
     ("e-DPO", "e-DPO of one oracle", JUDGES),
@@ -269,8 +283,8 @@ def claims(preset) -> dict[str, list[dict]]:
 
 
 def primary(preset) -> dict[str, list[dict]]:
-    """DRDO over DPO, the paper's first comparison, on ten seeds that chose nothing: five of `claims`, and five more."""
-    world, rows = World(preset, range(10, 20), num_oracles=1), []
+    """DRDO over DPO, the paper's first comparison, on twenty seeds that chose nothing: five of `claims`, and fifteen more."""
+    world, rows = World(preset, range(10, 30), num_oracles=1), []
     one, other = (world.judged(world.trained(METHODS[name], num_evaluations=1)) for name in ("DRDO", "DPO"))
     for judge in JUDGES:
         for where, some in (("twelve families", ~is_out), ("two left out", is_out)):
@@ -406,27 +420,27 @@ def steps(preset) -> dict[str, list[dict]]:
 
 def grids(preset) -> dict[str, list[dict]]:
     """The paper's grids of DPO's beta and of DRDO's alpha and gamma, all at the rate 2e-4."""
-    world, runs = World(preset, PUBLISHED, num_oracles=1), {}
-    for beta in (0.1, 0.5, 1.0, 10.0):
-        few = {} if beta == DPO["beta"] else {"num_evaluations": 1}  # which the notebook has trained
-        runs["DPO", f"beta {beta:g}"] = world.trained(DPO | {"beta": beta}, **few)
-    for alpha in (0.1, 1.0):
-        for gamma in (0.0, 1.0, 2.0, 5.0):
-            options = DRDO if (alpha, gamma) == (0.1, 2.0) else VARIANT
+
+    def trained(world):
+        for beta in (0.1, 0.5, 1.0, 10.0):
+            yield ("DPO", f"beta {beta:g}"), world.trained(DPO | {"beta": beta, "num_evaluations": 1})
+        for alpha, gamma in itertools.product((0.1, 1.0), (0.0, 1.0, 2.0, 5.0)):
             strength = {"drdo_alpha": alpha, "drdo_gamma": gamma}
-            runs["DRDO", f"alpha {alpha:g}, gamma {gamma:g}"] = world.trained(options | strength)
+            yield ("DRDO", f"alpha {alpha:g}, gamma {gamma:g}"), world.trained(VARIANT | strength)
+
     kept = {"DPO": "beta 0.1", "DRDO": "alpha 0.1, gamma 2"}  # by the paper
-    against = {(method, strength): (method, kept[method]) for method, strength in runs}
-    return {"study_noisy_grids": _over_sft(world, runs, ("method", "strength"), against=against)}
+    against = lambda key: (key[0], kept[key[0]])  # noqa: E731
+    return {"study_noisy_grids": _over_sft(preset, trained, ("method", "strength"), against)}
 
 
 def lengths(preset) -> dict[str, list[dict]]:
     """IPO on sums and on means per token, at two rates."""
-    world = World(preset, PUBLISHED, num_oracles=1)
-    runs = {(name, lr): world.trained(options | {"lr": lr}) for lr in (LOW, HIGH) for name, options in LENGTHS.items()}
-    return {
-        "study_ipo_lengths": _over_sft(world, runs, ("form", "lr"), against={key: ("sums, beta 0.1", key[1]) for key in runs})
-    }
+
+    def trained(world):
+        for lr, (form, options) in itertools.product((LOW, HIGH), LENGTHS.items()):
+            yield (form, lr), world.trained(options | {"lr": lr})
+
+    return {"study_ipo_lengths": _over_sft(preset, trained, ("form", "lr"), lambda key: ("sums, beta 0.1", key[1]))}
 
 
 def variants(preset) -> dict[str, list[dict]]:
@@ -434,30 +448,38 @@ def variants(preset) -> dict[str, list[dict]]:
     z, zeros = -3 * torch.rand(9, 2).double(), torch.zeros(9, 2).double()
     printed = drdo_loss(*z.unbind(1), *zeros.unbind(1), *zeros.unbind(1), alpha=1.0, gamma=2.0).losses
     assert torch.allclose(weight_held(z, zeros, 2.0), printed) and torch.allclose(with_reference(z, zeros, 2.0), printed)
-    world = World(preset, PUBLISHED, num_oracles=1)
-    runs = {(name,): world.trained_on(*TERMS[name]) if name in TERMS else world.trained(METHODS[name]) for name in VARIANTS}
-    against = dict.fromkeys(runs, ("DRDO",)) | {("weight held, alone",): ("contrast alone",)}
-    return {"study_drdo_variants": _over_sft(world, runs, ("variant",), against=against)}
+
+    def trained(world):
+        for name in VARIANTS:
+            yield (name,), world.trained_on(*TERMS[name]) if name in TERMS else world.trained(METHODS[name], num_evaluations=1)
+
+    against = {("weight held, alone",): ("contrast alone",)}
+    return {"study_drdo_variants": _over_sft(preset, trained, ("variant",), lambda key: against.get(key, ("DRDO",)))}
 
 
-def _over_sft(world: World, runs: dict[tuple, list], keys: tuple[str, ...], *, against: dict) -> list[dict]:
-    """A row for each of the runs on the test prompts: gains over SFT (gold, oracle, correct, tokens), KL, tokens, how far
-    log pi of the better and of the worse held-out responses moved; with `against` also the differences to another of them."""
-    base, of, rows = world.judged(world.sfts), {key: world.judged(each) for key, each in runs.items()}, []
-    for key, each in runs.items():
-        row = dict(zip(keys, key, strict=True))
-        for measure in ("gold", "oracle", "correct", "tokens"):
-            row |= with_interval(measure, (of[key][measure].mean(2) - base[measure].mean(2))[:, ~is_out])
-        row |= with_interval("gold, left out", (of[key]["gold"].mean(2) - base["gold"].mean(2))[:, is_out])
-        row |= with_interval("kl", of[key]["kl"].mean(2)[:, ~is_out])
-        row |= with_interval("num_tokens", of[key]["tokens"].mean(2)[:, ~is_out])
-        for name in ("chosen", "rejected"):
-            row[name] = np.mean([run.history[-1][f"eval_{name}_logp"] - run.history[0][f"eval_{name}_logp"] for run in each])
-        for measure in ("gold", "oracle", "tokens", "kl"):
-            ours, theirs = (of[name][measure].mean(2)[:, ~is_out] for name in (key, against[key]))
-            row |= with_interval(f"{measure}, over the other", ours - theirs)
-        rows.append(row)
-        print(row, flush=True)
+def _over_sft(preset, trained, keys: tuple[str, ...], against) -> list[dict]:
+    """A row for each set of seeds and each (key, runs) that `trained` yields for a World, on the test prompts: gains over SFT (gold,
+    oracle, correct, tokens), KL, tokens, how far log pi of the better and of the worse held-out responses moved, and the differences
+    to the runs of the key `against(key)`."""
+    rows = []
+    for seeds in (PUBLISHED, NEW):
+        world = World(preset, seeds, num_oracles=1)
+        runs = dict(trained(world))
+        base, of = world.judged(world.sfts), {key: world.judged(each) for key, each in runs.items()}
+        for key, each in runs.items():
+            row = {"seeds": f"{seeds[0]} to {seeds[-1]}"} | dict(zip(keys, key, strict=True))
+            for measure in ("gold", "oracle", "correct", "tokens"):
+                row |= with_interval(measure, (of[key][measure].mean(2) - base[measure].mean(2))[:, ~is_out])
+            row |= with_interval("gold, left out", (of[key]["gold"].mean(2) - base["gold"].mean(2))[:, is_out])
+            row |= with_interval("kl", of[key]["kl"].mean(2)[:, ~is_out])
+            row |= with_interval("num_tokens", of[key]["tokens"].mean(2)[:, ~is_out])
+            for name in ("chosen", "rejected"):
+                row[name] = np.mean([run.history[-1][f"eval_{name}_logp"] - run.history[0][f"eval_{name}_logp"] for run in each])
+            for measure in ("gold", "oracle", "correct", "tokens", "kl"):
+                ours, theirs = (of[name][measure].mean(2)[:, ~is_out] for name in (key, against(key)))
+                row |= with_interval(f"{measure}, over the other", ours - theirs)
+            rows.append(row)
+            print(row, flush=True)
     return rows
 
 
