@@ -9,7 +9,8 @@ what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rat
 meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students half and twice as wide
 (study_student_sizes.csv). grids: DPO on the paper's betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv).
 lengths: IPO on sums and on means per token (study_ipo_lengths.csv). variants: other forms of DRDO's second term
-(study_drdo_variants.csv). The last three, too, on both sets of seeds. What was trained is kept; a study's last line names its minutes.
+(study_drdo_variants.csv). These, the steps and the splits, too, are on both sets of seeds. What was trained is kept; a study's
+last line names its minutes.
 """
 
 import argparse
@@ -341,14 +342,16 @@ def _wins(ours: dict, theirs: dict, some) -> dict:
 def splits(preset) -> dict[str, list[dict]]:
     """Table 1: DRDO's meetings by the half that is trained on. e-DPO learns from the one oracle that DRDO learns from, which has seen
     this half alone; the judge is the oracle of all pairs."""
-    world, met = World(preset, PUBLISHED, num_oracles=1), []
-    for split in ("easy", "hard"):
-        of_split = World(preset, PUBLISHED, keep=halves(easy=split == "easy"), num_oracles=1)
+    met = []
+    for seeds, split in itertools.product((PUBLISHED, NEW), ("easy", "hard")):
+        world = World(preset, seeds, num_oracles=1)
+        of_split = World(preset, seeds, keep=halves(seeds, easy=split == "easy"), num_oracles=1)
         runs = {name: of_split.trained(METHODS[name], num_evaluations=1) for name in ("DPO", "e-DPO", "DRDO")}
         of = {name: world.judged(of_name) for name, of_name in runs.items()}
         for other in ("DPO", "e-DPO"):
             for where, some in (("twelve families", ~is_out), ("two left out", is_out)):
-                about = {"pairs": split, "num_pairs": round(np.mean([len(each) for each in of_split.records]))}
+                about = {"seeds": named(seeds), "pairs": split}
+                about |= {"num_pairs": round(np.mean([len(each) for each in of_split.records]))}
                 met.append(about | {"prompts": where, "other": other} | _wins(of["DRDO"], of[other], some))
                 print(met[-1], flush=True)
     return {"study_splits": met}
@@ -389,13 +392,17 @@ def _by_temperature(world: World, student: str) -> tuple[list[dict], list[dict]]
     return met, gained
 
 
-def halves(*, easy: bool) -> list[np.ndarray]:
+def named(seeds: tuple[int, ...]) -> str:
+    return f"{seeds[0]} to {seeds[-1]}"
+
+
+def halves(seeds, *, easy: bool) -> list[np.ndarray]:
     """For each seed, (pairs,) whether confidence and edit distance both lie above (easy), or both at or below, their medians."""
     words = [[text.split() for text in pair.responses] for pair in pairs(learnt)]
     distance = np.array([1 - SequenceMatcher(None, *both, autojunk=False).ratio() for both in words])
     far = distance > np.median(distance)
     kept = []
-    for seed in PUBLISHED:
+    for seed in seeds:
         confidence = annotated(seed)[1]
         sure = confidence > np.median(confidence)
         kept.append(sure & far if easy else ~sure & ~far)
@@ -404,13 +411,13 @@ def halves(*, easy: bool) -> list[np.ndarray]:
 
 def steps(preset) -> dict[str, list[dict]]:
     """One row a method, all at the rate 2e-4, and length of training (a run of its own, with its own schedule): gain over SFT."""
-    world, rows = World(preset, PUBLISHED), []
-    base = world.judged(world.sfts)
-    for name in ("DPO", "e-DPO", "DRDO"):
-        for num_steps in (15, 30, 60):
-            changes = {} if num_steps == METHODS[name]["steps"] else {"steps": num_steps, "num_evaluations": 1}
-            of = world.judged(world.trained(METHODS[name], **changes))
-            row = {"method": name, "steps": num_steps}
+    rows = []
+    for seeds in (PUBLISHED, NEW):
+        world = World(preset, seeds)
+        base = world.judged(world.sfts)
+        for name, num_steps in itertools.product(("DPO", "e-DPO", "DRDO"), (15, 30, 60)):
+            of = world.judged(world.trained(METHODS[name], steps=num_steps, num_evaluations=1))
+            row = {"seeds": named(seeds), "method": name, "steps": num_steps}
             for judge in JUDGES:
                 row |= with_interval(judge, (of[judge].mean(2) - base[judge].mean(2))[:, ~is_out])
             rows.append(row)
@@ -467,14 +474,15 @@ def _over_sft(preset, trained, keys: tuple[str, ...], against) -> list[dict]:
         runs = dict(trained(world))
         base, of = world.judged(world.sfts), {key: world.judged(each) for key, each in runs.items()}
         for key, each in runs.items():
-            row = {"seeds": f"{seeds[0]} to {seeds[-1]}"} | dict(zip(keys, key, strict=True))
+            row = {"seeds": named(seeds)} | dict(zip(keys, key, strict=True))
             for measure in ("gold", "oracle", "correct", "tokens"):
                 row |= with_interval(measure, (of[key][measure].mean(2) - base[measure].mean(2))[:, ~is_out])
             row |= with_interval("gold, left out", (of[key]["gold"].mean(2) - base["gold"].mean(2))[:, is_out])
             row |= with_interval("kl", of[key]["kl"].mean(2)[:, ~is_out])
             row |= with_interval("num_tokens", of[key]["tokens"].mean(2)[:, ~is_out])
             for name in ("chosen", "rejected"):
-                row[name] = np.mean([run.history[-1][f"eval_{name}_logp"] - run.history[0][f"eval_{name}_logp"] for run in each])
+                values = [[run.history[i][f"eval_{name}_logp"] for i in (0, -1)] for run in each]
+                row[name] = float(np.diff(values).mean())
             for measure in ("gold", "oracle", "correct", "tokens", "kl"):
                 ours, theirs = (of[name][measure].mean(2)[:, ~is_out] for name in (key, against(key)))
                 row |= with_interval(f"{measure}, over the other", ours - theirs)
