@@ -94,8 +94,7 @@ CASES = [
     ("05", "clean = {", "if noisy\n        else scores[a] > scores[b]", "if True\n        else None", "labels that are noisy after all"),
 ]
 # fmt: on
-
-
+NUMBERS = sorted({case[0] for case in CASES})
 # cells that take seconds and that nothing but each other needs (a reader stands after what it reads): run only where they assert,
 # or are what is broken
 SLOW = [
@@ -165,39 +164,18 @@ def execute(number: str) -> None:
     say("unbroken", "passed")
 
 
-@pytest.fixture(scope="module")
-def outcomes(fork_server):
-    """What came of a notebook's cases, by what they break."""
-    known = {}
-
-    def of(number: str) -> dict[str, str]:
-        if number not in known:
-            said, errors = Forked(fork_server, execute, (number,), {}).communicate()
-            known[number] = dict(map(json.loads, said.splitlines())) | {"errors": errors}
-        return known[number]
-
-    return of
+@pytest.mark.parametrize("number", NUMBERS)
+def test_broken_derivations_fail_the_notebooks_own_assertions_and_unbroken_ones_pass(fork_server, number):
+    cells, expected = code_cells(number), {"unbroken": "passed"}
+    for _, assertion, text, _, what in [case for case in CASES if case[0] == number]:
+        last = place_of(cells, assertion)
+        assert sum(cell.count(text) for cell in cells[: last + 1]) == 1, f"{text!r}: say which one is meant"
+        expected[what] = f"assertion of <cell {last}>"
+    said, errors = Forked(fork_server, execute, (number,), {}).communicate()
+    assert dict(map(json.loads, said.splitlines())) == expected, errors
 
 
-@pytest.mark.parametrize(
-    ("number", "assertion", "text", "what"),
-    [(*case[:3], case[4]) for case in CASES],
-    ids=[f"{case[0]}: {case[4]}" for case in CASES],
-)
-def test_broken_derivation_fails_the_notebooks_own_assertion(outcomes, number, assertion, text, what):
-    cells = code_cells(number)
-    last = place_of(cells, assertion)
-    found = [place for place, cell in enumerate(cells[: last + 1]) if text in cell]
-    assert len(found) == 1 and cells[found[0]].count(text) == 1, f"{text!r} is in cells {found}; say which one is meant"
-    assert outcomes(number)[what] == f"assertion of <cell {last}>"
-
-
-@pytest.mark.parametrize("number", sorted({case[0] for case in CASES}))
-def test_unbroken_derivations_pass(outcomes, number):
-    assert outcomes(number).get("unbroken") == "passed", outcomes(number)["errors"]
-
-
-@pytest.mark.parametrize("number", ["00", *sorted({case[0] for case in CASES})])
+@pytest.mark.parametrize("number", ["00", *NUMBERS])
 def test_predictions_offer_a_choice_and_fold_their_answers(number):
     """From notebook's start to end: every question has options, and its answer stands folded below them, in the same cell."""
     asked = 0

@@ -49,9 +49,6 @@ def test_the_saved_chat_template_gives_the_tokens_of_training(any_tokenizer):
     assert chat(*several) == encode_prompt(any_tokenizer, _without_messages(row)["prompt"])
 
 
-# truncation
-
-
 def test_truncation_takes_from_the_left_of_the_prompt_and_never_from_the_response(any_tokenizer):
     prompt, response = "one two three four five six seven", "eight nine ten."
     whole = encode(any_tokenizer, prompt, response, max_length=1000)
@@ -81,9 +78,6 @@ def test_encode_records_names_every_row_that_does_not_fit(tiny_tokenizer):
         encode_records(tiny_tokenizer, [good, bad, good, bad])
     with pytest.raises(ValueError, match=r"and more \(12 in all\)"):
         encode_records(tiny_tokenizer, [bad] * 12)
-
-
-# batches
 
 
 def test_collate_pads_on_the_right_and_masks_by_length_also_where_the_padding_is_a_token_of_the_response():

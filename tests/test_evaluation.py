@@ -14,9 +14,6 @@ from pdpo.sampling import Sample, sample
 TOKENIZER = DigitTokenizer()
 
 
-# KL
-
-
 def test_all_three_estimators_agree_with_the_enumerated_kl_and_the_exact_one_varies_least():
     policy, reference = (random_policy(seed, scale=0.25) for seed in (0, 1))
     every, ids = responses(5, 4), TOKENIZER("1 2").input_ids
@@ -45,9 +42,6 @@ def test_kl_of_each_sample_is_its_own_sum_in_the_order_of_the_samples():
         assert estimates.k1[i].item() == pytest.approx(p - q, abs=1e-4)
 
 
-# win rate
-
-
 class Judge:
     """Embeds "x y" as the unit vector of direction (x, y)."""
 
@@ -67,9 +61,6 @@ def test_a_text_wins_where_it_is_nearer_to_the_chosen_response_and_ties_count_ha
     assert win_values(Judge(), texts, chosen, rejected).tolist() == values
 
 
-# grades
-
-
 def test_toy_grades_are_the_columns_of_grade():
     texts = ["Certainly! The capital of France is Paris. Ask me anytime.", "Ugh. Paris.", "The capital of France is Paris."]
     samples = [Sample("What is the capital of France?", text, Encoded([], 0), text[0] != "T") for text in texts]
@@ -79,9 +70,6 @@ def test_toy_grades_are_the_columns_of_grade():
     assert {tone: values.tolist() for tone, values in columns.items()} == {
         "courteous": [1, 0, 0], "neutral": [0, 0, 0], "curt": [0, 0, 0], "rude": [0, 1, 0],
     }  # fmt: skip
-
-
-# the reward model
 
 
 def test_last_hidden_is_the_state_at_the_end_of_each_response_whatever_is_padded():

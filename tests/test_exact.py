@@ -27,9 +27,6 @@ from pdpo.losses import dpo_loss, ipo_loss
 torch.set_num_threads(1)
 
 
-# the optimum
-
-
 def test_optimum_partition_kl_and_objective_equal_slow_python_sums():
     lab, beta = make_lab(2, 3), 0.4
     reference, scores = lab.reference_logps.exp().tolist(), lab.scores.tolist()
@@ -64,9 +61,6 @@ def test_kl_of_a_point_mass_is_finite_with_a_finite_gradient_and_missing_support
     assert kl_divergence(half, point.detach()) == torch.inf
 
 
-# the lab's parts
-
-
 def test_all_responses_counts_in_order_and_a_lab_is_a_function_of_its_seed():
     assert all_responses(3, 2).tolist() == [list(each) for each in product(range(3), repeat=2)]
     assert torch.equal(make_lab(seed=3).scores, make_lab(seed=3).scores)
@@ -87,9 +81,6 @@ def test_shared_weight_policy_is_autoregressive_and_normalised():
             logits = torch.tanh(prefix.flatten() @ policy.hidden + policy.bias) @ policy.output
             total += logits.log_softmax(-1)[lab.responses[index, t]].item()
         assert logps[index].item() == pytest.approx(total, abs=1e-12)
-
-
-# losses on every pair, as often as Bradley-Terry labels it so
 
 
 def minimum_on_pairs(lab, loss) -> torch.Tensor:
@@ -123,9 +114,6 @@ def test_population_ipo_regresses_the_log_ratio_on_the_win_probability():
     # least squares on all pairs: the log-ratio is the mean win probability over beta, up to a constant (Azar 2023, Section 5)
     wins = torch.sigmoid(lab.scores[:, None] - lab.scores[None]).mean(1)
     assert kl_divergence(found, optimal_policy_logps(lab.reference_logps, wins, beta=beta)) < 1e-8
-
-
-# best of n
 
 
 def test_the_best_of_n_has_the_probabilities_of_a_slow_sum_with_ties_in_the_reference_s_proportion():

@@ -52,9 +52,6 @@ def test_minus_infinity_outside_the_response_gives_no_nan_in_value_or_gradient(p
     assert logits.grad.isfinite().all() and (logits.grad[0, position] == 0).all()
 
 
-# errors
-
-
 @pytest.mark.parametrize(
     "logits, ids, words",
     [

@@ -33,9 +33,6 @@ def same_weights(one, other) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-# tokenizers
-
-
 def test_the_tiny_tokenizer_learns_from_the_training_split_alone(tiny_tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(models, "train_tokenizer", lambda records, **options: seen.append((records, options)) or tiny_tokenizer)
@@ -62,9 +59,6 @@ def test_gpt2s_bare_vocabulary_loads_as_gpt2s_tokenizer(gpt2_tokenizer):
     assert len(gpt2_tokenizer) == 50257 and gpt2_tokenizer.eos_token_id == gpt2_tokenizer.pad_token_id == 50256
     assert gpt2_tokenizer("Hello world").input_ids == [15496, 995]
     assert gpt2_tokenizer.decode([11, 764]) == ", ."  # no clean-up of spaces
-
-
-# policies
 
 
 def test_dropout_is_off_also_in_training(tiny_tokenizer, saved, tmp_path):
@@ -105,9 +99,6 @@ def test_damaged_or_pickled_weights_and_a_folder_without_a_vocabulary_are_refuse
         load_tokenizer(replace(TINY, tokenizer=str(tmp_path)))
 
 
-# no hub
-
-
 @pytest.mark.parametrize(
     "load, name", [(load_policy, "someone/some-model"), (load_tokenizer, "/no/such/folder"), (load_judge, "someone/some-judge")]
 )
@@ -124,9 +115,6 @@ def test_behind_a_proxy_the_hub_is_not_probed_directly(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(socket, "create_connection", None)
     models._require_hub("someone/some-model")
-
-
-# the judge
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
-# Bradley-Terry and Plackett-Luce
-
-
 def test_bradley_terry_equals_a_slow_loop_with_one_offset_per_pair():
     chosen, rejected, offset = normal(8, seed=1), normal(8, seed=2), normal(8, seed=3)
     slow = [-math.log(1 + math.exp(-(c - r - o))) for c, r, o in zip(chosen, rejected, offset, strict=True)]
@@ -65,9 +62,6 @@ def test_logps_and_gradients_are_finite_and_right_at_ten_thousand(scores):
 def test_each_misuse_raises_a_value_error_that_says_what_came(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-# Gumbel
 
 
 def test_gumbel_draws_pass_kolmogorov_smirnov_against_scipy():

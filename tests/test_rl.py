@@ -98,7 +98,10 @@ def test_the_tokens_of_responses_are_the_same_by_trees_and_by_the_plain_path_wit
 # one step
 
 
-@pytest.mark.parametrize("method, whiten, kl_in", [("ppo", False, "reward"), ("ppo", True, "loss"), ("rloo", True, "reward")])
+@pytest.mark.parametrize(
+    "method, whiten, kl_in",
+    [("ppo", False, "reward"), ("ppo", True, "loss"), ("rloo", True, "reward"), ("rloo", False, "loss")],
+)
 def test_rollouts_and_losses_are_those_of_a_slow_loop(method, whiten, kl_in):
     config = replace(CONFIG, method=method, whiten=whiten, kl_in=kl_in, beta=0.3, entropy_weight=0.01, lam=0.9, gamma=0.8)
     generator, lengths = torch.Generator().manual_seed(0), [1 + i % 5 for i in range(16)]  # 4 prompts, 4 responses to each
@@ -170,9 +173,14 @@ def test_on_two_arms_the_loop_reaches_the_optimal_policy(change):
     def score(samples):
         return torch.tensor([0.0 if each.finished else 1.0 for each in samples])
 
-    train_online(policy, reference, tokenizer, ["1"] * 8, score, config, max_new_tokens=1, show_progress=False)
+    def run(policy, config):
+        return train_online(policy, reference, tokenizer, ["1"] * 8, score, config, max_new_tokens=1, show_progress=False)
+
+    run(policy, config)
     optimum = optimal_policy_logps(before, torch.tensor([0.0, 1.0]).double(), beta=beta)
     assert kl_divergence(before, optimum) > 0.1 and kl_divergence(arm_logps(), optimum) < 0.01
+    still = run(copy.deepcopy(reference), replace(config, steps=2, lr=1e-30))
+    assert still[1]["score"] != still[2]["score"]  # each step has noise of its own
 
 
 def test_each_switch_reaches_the_training_and_the_history_says_what_was_sampled():

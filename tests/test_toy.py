@@ -12,9 +12,6 @@ ITEMS = {item.prompt: item for item in toy.items()}
 FRANCE, SENTENCE = "What is the capital of France?", "The capital of France is Paris."
 
 
-# the records
-
-
 def test_the_stored_scores_are_what_grade_gives_best_first_without_ties_one_of_each_tone():
     for record in RECORDS:
         grades = [toy.grade(record.prompt, text) for text in record.responses]
@@ -41,9 +38,6 @@ def test_rule_answers_follow_their_rules():
     for item in toy.items():
         if item.family in rules:
             assert item.answer == rules[item.family](item.prompt.rstrip("?.").split())
-
-
-# free text
 
 
 @pytest.mark.parametrize(
@@ -91,9 +85,6 @@ def test_grade_and_split_refuse_prompts_without_a_known_answer():
         toy.grade("Who are you?", "Paris.")
     with pytest.raises(ValueError, match="toy.split.*data.split"):
         toy.split([Preference("Who are you?", ("a", "b"))], seed=0)
-
-
-# the split
 
 
 def test_split_teaches_every_fact_holds_out_rule_items_and_shares_no_prompt():

@@ -126,7 +126,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("toy: courtesy excuses rudeness", "grade", '("rude", "courteous")', '("courteous", "rude")', "toy"),
     ("toy split: seed ignored", "split", "rng = random.Random(seed)", "rng = random.Random(0)", "toy"),
     ("toy split: a fact's only phrasing held out", "split", "len(group) == 1", "len(group) == 0", "toy"),
-    ("encode: no EOS", "_tokenized", "ids + [tokenizer.eos_token_id]", "ids", "encoding"),
+    ("encode: no EOS", "_tokenized", "ids + [end_id]", "ids", "encoding"),
     ("encode: response cut", "_cut", "Encoded(ids[:num_first] + ids[num_first + surplus :], num_prompt - surplus)", "Encoded(ids[:limit], num_prompt)", "encoding"),
     ("encode: EOS spelled out becomes one", "_tokenized", "split_special_tokens=True", "split_special_tokens=False", "encoding"),
     ("collate: first response token not scored", "collate", "position >= num_prompt", "position > num_prompt", "encoding"),
