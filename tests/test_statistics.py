@@ -125,11 +125,11 @@ def test_holm_multiplies_the_smallest_p_value_by_the_number_of_comparisons_the_n
 
 
 def test_calibration_by_hand():
-    # confidences .55 (right), .45 -> .55 (wrong), .95 (right), 1 (right), .96 (right)
-    rows, error = calibration([0.55, 0.45, 0.95, 1.0, 0.96], num_bins=5)
-    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 3)]
-    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.97])
-    assert error == pytest.approx((2 * 0.05 + 3 * 0.03) / 5)
+    # confidences .55 (right), .45 -> .55 (wrong), .85 (right), .95 (right), 1 (right), .96 (right)
+    rows, error = calibration([0.55, 0.45, 0.85, 0.95, 1.0, 0.96], num_bins=5)
+    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 1), (1.0, 3)]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.85, 0.97])
+    assert error == pytest.approx((2 * 0.05 + 0.15 + 3 * 0.03) / 6)
 
 
 # frontiers
@@ -214,6 +214,8 @@ def test_run_frontiers_have_a_value_for_each_seed_beta_and_prompt_and_take_recor
             assert np.array_equal(found["DPO"].kl[i, j], one.column("kl"))
             assert np.array_equal(found["DPO"].score[i, j], one.column("win"))
     best = experiments.run_frontier(sfts, method="sft", best_only=True)
+    k1 = [each.column("kl_k1").mean() for each in best.stages]  # of the policy from the reference, not the reverse
+    assert np.mean(k1) == pytest.approx(best.kl.mean(), abs=0.15)
     assert best.kl.mean() > 1e-3 and not any(each.run.preset.sft_all_responses for each in best.stages)
 
 

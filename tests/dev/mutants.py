@@ -168,7 +168,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("top-p: a token too few", "within_top_p", "probabilities.cumsum(-1) - probabilities", "probabilities.cumsum(-1)", "sampling"),
     ("sample: top-p ignored", "_extend", "within_top_p(logits, top_p)", "logits", "sampling"),
     ("sample: seed ignored", "sample", "manual_seed(seed)", "manual_seed(0)", "sampling"),
-    ("sample: always finished", "sample", "finished = response_ids[-1] == tokenizer.eos_token_id", "finished = True", "sampling"),
+    ("sample: always finished", "sample", "finished = response_ids[-1] == eos", "finished = True", "sampling"),
     ("sample: no room for the response", "sample", "tokenizer.model_max_length - max_new_tokens", "tokenizer.model_max_length - 1", "sampling"),
     # evaluation
     ("kl exact: the other direction", "sequence_kl", "p.exp() * (p - q)", "q.exp() * (q - p)", "evaluation"),
