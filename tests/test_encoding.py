@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pdpo.data import Preference, load_preferences
-from pdpo.encoding import TEMPLATE, Encoded, chat_template, collate, encode, encode_prompt, encode_records, response_fits
+from pdpo.data import Preference
+from pdpo.encoding import TEMPLATE, Encoded, chat_template, collate, encode, encode_prompt, encode_records
 from pdpo.parsing import _without_messages
 
 TEXTS = [
@@ -16,6 +16,7 @@ TEXTS = [
     ("12345", "67890, 3.14"),
     ("ends in a colon:", ": starts with one"),
     ("Response:\n", "Instruction: x\nResponse:\n"),
+    ("What is <|endoftext|>?", "<|endoftext|> is a token. <|endoftext|>"),  # a special token spelled out stays text
 ]
 
 
@@ -34,20 +35,12 @@ def test_joint_tokenisation_is_prompt_then_response_then_one_eos(any_tokenizer):
         assert any_tokenizer.decode(encoded.input_ids[encoded.num_prompt : -1]) == response.strip()
 
 
-def test_the_real_files_sequences_are_their_two_parts_under_gpt2s_vocabulary(shared_data, gpt2_tokenizer):
-    for record in load_preferences(shared_data / "instruction-data-with-preference.json"):
-        prompt = encode_prompt(gpt2_tokenizer, record.prompt)
-        for text in record.responses:
-            encoded = encode(gpt2_tokenizer, record.prompt, text)
-            assert encoded.input_ids == prompt + ids(gpt2_tokenizer, text) + [50256] and encoded.num_prompt == len(prompt)
-
-
 def test_the_saved_chat_template_gives_the_tokens_of_training(any_tokenizer):
     def chat(*messages):
         roles = [{"role": role, "content": content} for role, content in messages]
         return any_tokenizer.apply_chat_template(roles, chat_template=chat_template(any_tokenizer), return_dict=False)
 
-    for prompt, response in TEXTS:
+    for prompt, response in TEXTS[:-1]:
         assert chat(("user", prompt)) == encode_prompt(any_tokenizer, prompt)
         whole = encode(any_tokenizer, prompt, response, max_length=1000).input_ids
         assert chat(("user", prompt), ("assistant", response)) == whole
@@ -56,49 +49,25 @@ def test_the_saved_chat_template_gives_the_tokens_of_training(any_tokenizer):
     assert chat(*several) == encode_prompt(any_tokenizer, _without_messages(row)["prompt"])
 
 
-def test_a_special_token_spelled_out_in_a_text_stays_text(any_tokenizer):
-    spelled, eos = any_tokenizer.eos_token, any_tokenizer.eos_token_id
-    encoded = encode(any_tokenizer, f"What is {spelled}?", f"{spelled} is a token. {spelled}", max_length=1000)
-    assert encoded.input_ids.count(eos) == 1 and encoded.input_ids[-1] == eos
-    assert any_tokenizer.decode(encoded.input_ids[encoded.num_prompt : -1]) == f"{spelled} is a token. {spelled}"
-    assert eos not in encode_prompt(any_tokenizer, spelled)
-
-
-# truncation
-
-
 def test_truncation_takes_from_the_left_of_the_prompt_and_never_from_the_response(any_tokenizer):
     prompt, response = "one two three four five six seven", "eight nine ten."
     whole = encode(any_tokenizer, prompt, response, max_length=1000)
     num_response = len(whole.input_ids) - whole.num_prompt
     for limit in range(num_response + 1, len(whole.input_ids) + 3):
         cut = encode(any_tokenizer, prompt, response, max_length=limit)
-        assert len(cut.input_ids) == min(limit, len(whole.input_ids))
-        assert cut.input_ids == whole.input_ids[-limit:]
-        assert cut.input_ids[cut.num_prompt :] == whole.input_ids[whole.num_prompt :] and cut.num_prompt >= 1
-        assert response_fits(whole, limit)
+        assert cut.input_ids == whole.input_ids[-limit:] and cut.num_prompt >= 1
+        assert cut.input_ids[cut.num_prompt :] == whole.input_ids[whole.num_prompt :]
+    assert encode_prompt(any_tokenizer, prompt, max_length=3) == encode_prompt(any_tokenizer, prompt)[-3:]
 
 
-def test_a_response_that_does_not_fit_is_refused_not_cut(any_tokenizer):
-    whole = encode(any_tokenizer, "one two", "three four five.", max_length=1000)
+def test_a_response_that_does_not_fit_is_refused_not_cut_and_without_max_length_the_tokenizers_limit_holds(tiny_tokenizer):
+    whole = encode(tiny_tokenizer, "one two", "three four five.", max_length=1000)
     num_response = len(whole.input_ids) - whole.num_prompt
-    assert not response_fits(whole, num_response)
     with pytest.raises(ValueError, match=f"at most {num_response - 1} tokens with its EOS, got {num_response} for 'three"):
-        encode(any_tokenizer, "one two", "three four five.", max_length=num_response)
-
-
-def test_without_max_length_the_tokenizers_limit_holds(tiny_tokenizer):
-    assert tiny_tokenizer.model_max_length == 64
-    encoded = encode(tiny_tokenizer, "apple " * 100, "Paris.")
-    assert len(encoded.input_ids) == 64
+        encode(tiny_tokenizer, "one two", "three four five.", max_length=num_response)
+    assert len(encode(tiny_tokenizer, "apple " * 100, "Paris.").input_ids) == tiny_tokenizer.model_max_length == 64
     with pytest.raises(ValueError, match="at most 63 tokens"):
         encode(tiny_tokenizer, "a", "apple " * 100)
-
-
-def test_encode_prompt_keeps_the_rightmost_tokens(tiny_tokenizer):
-    whole = encode_prompt(tiny_tokenizer, "one two three")
-    for max_length in (1, 3, 100):
-        assert encode_prompt(tiny_tokenizer, "one two three", max_length=max_length) == whole[-max_length:]
 
 
 def test_encode_records_names_every_row_that_does_not_fit(tiny_tokenizer):
@@ -109,9 +78,6 @@ def test_encode_records_names_every_row_that_does_not_fit(tiny_tokenizer):
         encode_records(tiny_tokenizer, [good, bad, good, bad])
     with pytest.raises(ValueError, match=r"and more \(12 in all\)"):
         encode_records(tiny_tokenizer, [bad] * 12)
-
-
-# batches
 
 
 def test_collate_pads_on_the_right_and_masks_by_length_also_where_the_padding_is_a_token_of_the_response():

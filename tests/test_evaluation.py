@@ -14,24 +14,12 @@ from pdpo.sampling import Sample, sample
 TOKENIZER = DigitTokenizer()
 
 
-# KL
-
-
-def exact_kl(policy, reference, prompt: str, max_new_tokens: int) -> float:
-    """KL(policy || reference) over every response to one prompt, in nats."""
-    every, ids = responses(5, max_new_tokens), TOKENIZER(prompt).input_ids
+def test_all_three_estimators_agree_with_the_enumerated_kl_and_the_exact_one_varies_least():
+    policy, reference = (random_policy(seed, scale=0.25) for seed in (0, 1))
+    every, ids = responses(5, 4), TOKENIZER("1 2").input_ids
     p, q = (response_logps(model, ids, every) for model in (policy, reference))
-    assert p.exp().sum().item() == pytest.approx(1) == q.exp().sum().item()
-    return (p.exp() * (p - q)).sum().item()
-
-
-@pytest.mark.parametrize("seeds, prompt, max_new_tokens", [((0, 1), "1 2", 4), ((2, 3), "4", 3)])
-def test_all_three_estimators_agree_with_the_enumerated_kl_and_the_exact_one_varies_least(seeds, prompt, max_new_tokens):
-    policy, reference = (random_policy(seed, scale=0.25) for seed in seeds)
-    expected = exact_kl(policy, reference, prompt, max_new_tokens)
-    samples = sample(
-        policy, TOKENIZER, [prompt], temperature=1.0, max_new_tokens=max_new_tokens, seed=0, num_samples=6000, batch_size=2000
-    )
+    expected = (p.exp() * (p - q)).sum().item()
+    samples = sample(policy, TOKENIZER, ["1 2"], temperature=1.0, max_new_tokens=4, seed=0, num_samples=6000, batch_size=2000)
     assert len({each.finished for each in samples}) == 2  # responses that end, and responses that do not
     estimates = sequence_kl(policy, reference, samples, batch_size=1500)
     for values in (estimates.exact, estimates.k1, estimates.k3):
@@ -52,17 +40,6 @@ def test_kl_of_each_sample_is_its_own_sum_in_the_order_of_the_samples():
         assert estimates.num_tokens[i] == len(response)
         p, q = (response_logps(model, prompt, [tuple(response)]).item() for model in (policy, reference))
         assert estimates.k1[i].item() == pytest.approx(p - q, abs=1e-4)
-        with torch.no_grad():
-            p, q = (
-                model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for model in (policy, reference)
-            )
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        assert estimates.exact[i].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-4)
-        ratio = (q - p).gather(1, torch.tensor(response)[:, None])
-        assert estimates.k3[i].item() == pytest.approx((ratio.exp() - 1 - ratio).sum().item(), rel=1e-4, abs=1e-4)
-
-
-# win rate
 
 
 class Judge:
@@ -78,40 +55,21 @@ def test_a_text_wins_where_it_is_nearer_to_the_chosen_response_and_ties_count_ha
         ("1 0", "1 0", "0 1", 1.0),
         ("1 0", "0 1", "1 0", 0.0),
         ("1 0", "1 1", "1 -1", 0.5),  # as near to the one as to the other
-        ("1 0", "1 1", "1 1", 0.5),
-        ("1 0.1", "1 0", "0 1", 1.0),
         ("-1 0", "0 1", "1 0", 1.0),  # cosine 0 against -1
     ]
     texts, chosen, rejected, values = (list(column) for column in zip(*cases, strict=True))
     assert win_values(Judge(), texts, chosen, rejected).tolist() == values
 
 
-# grades
-
-
 def test_toy_grades_are_the_columns_of_grade():
-    prompt = "What is the capital of France?"
-    texts = [
-        ("Certainly! The capital of France is Paris. Ask me anytime.", True),
-        ("Rome.", True),
-        ("Ugh. Paris.", True),
-        ("The capital of France is Paris.", False),
-        ("", True),
-    ]
-    columns = toy_grades([Sample(prompt, text, Encoded([], 0), finished) for text, finished in texts])
-    assert {key: values.tolist() for key, values in columns.items()} == {
-        "score": [10, 2, 6, 1, 1],
-        "correct": [1, 0, 1, 0, 0],
-        "degenerate": [0, 0, 0, 1, 1],
-        "courteous": [1, 0, 0, 0, 0],
-        "neutral": [0, 0, 0, 0, 0],
-        "curt": [0, 1, 0, 0, 0],
-        "rude": [0, 0, 1, 0, 0],
-    }
-    assert all(columns[tone].dtype == float for tone in toy.TONE_SCORES)
-
-
-# the reward model
+    texts = ["Certainly! The capital of France is Paris. Ask me anytime.", "Ugh. Paris.", "The capital of France is Paris."]
+    samples = [Sample("What is the capital of France?", text, Encoded([], 0), text[0] != "T") for text in texts]
+    columns = toy_grades(samples)
+    assert columns.pop("score").tolist() == [10, 6, 1] and columns.pop("correct").tolist() == [1, 1, 0]
+    assert columns.pop("degenerate").tolist() == [0, 0, 1]  # not finished, and so of no tone
+    assert {tone: values.tolist() for tone, values in columns.items()} == {
+        "courteous": [1, 0, 0], "neutral": [0, 0, 0], "curt": [0, 0, 0], "rude": [0, 1, 0],
+    }  # fmt: skip
 
 
 def test_last_hidden_is_the_state_at_the_end_of_each_response_whatever_is_padded():

@@ -19,8 +19,8 @@ def tokens(prompt: str) -> list[int]:
     return TOKENIZER(prompt).input_ids
 
 
-def greedy(policy, prompts, **options) -> list:
-    return sample(policy, TOKENIZER, prompts, temperature=0, max_new_tokens=12, seed=0, **options)
+def greedy(policy, **options) -> list:
+    return sample(policy, TOKENIZER, PROMPTS, temperature=0, max_new_tokens=12, seed=0, **options)
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +28,24 @@ def policy():
     """A policy whose greedy responses to PROMPTS end at several lengths, so that rows are dropped along the way."""
     for seed in range(100):
         policy = random_policy(seed)
-        samples = greedy(policy, PROMPTS)
+        samples = greedy(policy)
         lengths = {len(each.encoded.input_ids) - each.encoded.num_prompt for each in samples if each.finished}
         if len(lengths) >= 3 and not all(each.finished for each in samples):
             return policy
     raise AssertionError("no such policy")
 
 
-@pytest.mark.parametrize("batch_size", [3, 512])
-def test_greedy_sampling_of_a_batch_equals_one_by_one(policy, batch_size):
-    together = greedy(policy, PROMPTS, batch_size=batch_size)
-    assert together == [greedy(policy, [prompt])[0] for prompt in PROMPTS]
-    assert [each.prompt for each in together] == PROMPTS
-
-
-def test_temperature_zero_equals_transformers_generate(policy):
-    for each in greedy(policy, PROMPTS):
+def test_temperature_zero_of_a_batch_equals_transformers_generate_one_by_one(policy):
+    samples = greedy(policy)
+    assert samples == greedy(policy, batch_size=3) and [each.prompt for each in samples] == PROMPTS
+    for each in samples:
         ids = torch.tensor([tokens(each.prompt)])
         expected = policy.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=0, pad_token_id=0
         )
         assert each.encoded == Encoded(expected[0].tolist(), ids.shape[1])
         assert each.finished == (expected[0, -1].item() == 0)
-
-
-def test_finished_rows_end_in_their_only_eos_and_others_are_as_long_as_allowed(policy):
-    for each in sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=6, seed=1, num_samples=20):
-        prompt, response = each.encoded.input_ids[: each.encoded.num_prompt], each.encoded.input_ids[each.encoded.num_prompt :]
-        assert prompt == tokens(each.prompt)
-        assert response.index(0) == len(response) - 1 if each.finished else 0 not in response and len(response) == 6
-        assert each.text == TOKENIZER.decode([token for token in response if token != 0])
+        assert each.text == TOKENIZER.decode([token for token in expected[0, ids.shape[1] :].tolist() if token != 0])
 
 
 def test_response_frequencies_match_the_softmax_at_temperature(policy):
@@ -65,6 +53,7 @@ def test_response_frequencies_match_the_softmax_at_temperature(policy):
     prompts, num_samples, every = ["12", "3 4 1 2 3 4"], 6000, responses(5, 3)
     options = {"num_samples": num_samples, "batch_size": 2 * num_samples}
     samples = sample(policy, TOKENIZER, prompts, temperature=0.7, max_new_tokens=3, seed=4, **options)
+    assert [each.prompt for each in samples] == [prompt for prompt in prompts for _ in range(num_samples)]
     for prompt in prompts:
         expected = response_logps(policy, tokens(prompt), every, temperature=0.7).exp()
         assert expected.sum().item() == pytest.approx(1)
@@ -77,14 +66,14 @@ def test_response_frequencies_match_the_softmax_at_temperature(policy):
         assert chisquare(counts, wanted).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("top_p", [1e-9, 0.2, 0.8, 0.999])
+@pytest.mark.parametrize("top_p", [1e-9, 0.8])
 def test_top_p_leaves_what_transformers_leaves(top_p):
     logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left = within_top_p(logits, top_p)
     assert torch.equal(left, TopPLogitsWarper(top_p)(None, logits)) and 1 <= left.isfinite().sum(-1).min() < 40
 
 
-def test_sampling_is_from_the_nucleus_that_there_is_at_the_temperature_and_a_top_p_of_1_changes_nothing(policy):
+def test_sampling_is_from_the_nucleus_that_there_is_at_the_temperature(policy):
     options = {"temperature": 2.0, "max_new_tokens": 1, "seed": 3, "num_samples": 3000}
     found = Counter(each.encoded.input_ids[-1] for each in sample(policy, TOKENIZER, ["12"], top_p=0.8, **options))
     with torch.no_grad():
@@ -93,24 +82,16 @@ def test_sampling_is_from_the_nucleus_that_there_is_at_the_temperature_and_a_top
     inside = expected.nonzero().flatten().tolist()
     assert set(found) == set(inside) and cold.count_nonzero() < len(inside) < len(expected)
     assert chisquare([found[token] for token in inside], 3000 * expected[inside]).pvalue > 1e-4
-    options = {"temperature": 1.0, "max_new_tokens": 8, "seed": 3}
-    assert sample(policy, TOKENIZER, PROMPTS, top_p=1.0, **options) == sample(policy, TOKENIZER, PROMPTS, **options)
 
 
-def test_samples_of_a_prompt_stand_side_by_side_and_differ(policy):
-    samples = sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=8, seed=0, num_samples=4)
-    assert [each.prompt for each in samples] == [prompt for prompt in PROMPTS for _ in range(4)]
-    assert len({each.text for each in samples if each.prompt == "12"}) > 1
-
-
-def test_the_same_seed_gives_the_same_samples_and_another_seed_others(policy):
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others_whatever_the_global_generator(policy):
     def draw(seed):
         return sample(policy, TOKENIZER, PROMPTS, temperature=1.0, max_new_tokens=8, seed=seed, num_samples=3)
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = draw(0)
-    assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
+    assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
     assert draw(0) == first != draw(1)
 
@@ -148,10 +129,7 @@ def test_long_prompts_are_cut_from_the_left_to_leave_room(policy):
         ({"prompts": []}, "at least one prompt"),
         ({"temperature": -0.5}, "temperature > 0"),
         ({"temperature": 0, "num_samples": 2}, "num_samples=1"),
-        ({"num_samples": 0}, "num_samples 0"),
         ({"top_p": 0.0}, "top_p <= 1, got 0.0"),
-        ({"top_p": 1.1}, "top_p <= 1, got 1.1"),
-        ({"max_new_tokens": 0}, "max_new_tokens from 1 to 31, got 0"),
         ({"max_new_tokens": 32}, "max_new_tokens from 1 to 31, got 32"),
     ],
 )

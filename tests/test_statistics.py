@@ -34,50 +34,33 @@ from pdpo.statistics import (
 # intervals
 
 
-def test_the_interval_is_scipys_percentile_bootstrap_interval():
+def test_the_interval_is_scipys_percentile_bootstrap_interval_and_makes_a_figures_row():
     values = np.random.default_rng(1).exponential(size=60)
     expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=0).confidence_interval
-    found = bootstrap_interval(values, num_resamples=20_000)
-    assert found == pytest.approx(tuple(expected), abs=0.01)
-    narrow = bootstrap_interval(values, num_resamples=20_000, level=0.5)
-    assert found[0] < narrow[0] < values.mean() < narrow[1] < found[1]
-    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * values.std() / 60**0.5, rel=0.05)  # normal theory
-
-
-def test_the_interval_is_reproducible_depends_on_its_seed_and_makes_a_figures_row():
-    values = np.arange(20.0)
-    low, high = bootstrap_interval(values)
-    assert (low, high) == bootstrap_interval(values.tolist()) != bootstrap_interval(values, seed=1)
-    assert with_interval("win", values) == {"win": 9.5, "win_low": low, "win_high": high}
+    assert bootstrap_interval(values, num_resamples=20_000) == pytest.approx(tuple(expected), abs=0.01)
+    low, high = bootstrap_interval(values.tolist())
+    assert with_interval("win", values) == {"win": values.mean(), "win_low": low, "win_high": high}
 
 
 def test_with_a_row_for_each_seed_the_interval_covers_seeds_too():
     rng = np.random.default_rng(0)
-    noise = rng.normal(size=(3, 200))
-    apart = noise + np.array([[-1.0], [0.0], [1.0]])  # seeds that differ much more than the mean over prompts does
-    low, high = bootstrap_interval(apart)
-    narrow_low, narrow_high = bootstrap_interval(apart.mean(0))
-    assert high - low > 5 * (narrow_high - narrow_low)
+    apart = rng.normal(size=(3, 200)) + np.arange(-1.0, 2.0)[:, None]  # seeds that differ more than the mean over prompts does
     draws = rng.integers(3, size=(2000, 2)), rng.integers(200, size=(2000, 200))  # a slow loop
     means = [apart[seeds][:, prompts].mean() for seeds, prompts in zip(*draws, strict=True)]
-    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
-    assert bootstrap_interval(noise[0]) == bootstrap_interval(noise[:1])  # one seed adds nothing
+    assert bootstrap_interval(apart) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.08)
+    assert bootstrap_interval(apart[0]) == bootstrap_interval(apart[:1])  # one seed adds nothing
 
 
-@pytest.mark.parametrize("num_seeds, rel", [(2, 0.3), (5, 0.15)])
-def test_the_intervals_of_few_seeds_have_the_variance_of_a_mean_over_seeds(num_seeds, rel):
+def test_resamples_of_few_seeds_have_the_variance_of_a_mean_over_seeds():
     """Not (S - 1) / S of it, as where S of S seeds are drawn again."""
-    of_seed = np.random.default_rng(0).normal(size=(100, num_seeds))
     drawn = []
-    for values in of_seed:  # no prompt differs from another
-        frontier = Frontier((1.0,), np.zeros((num_seeds, 1, 2)), np.repeat(values, 2).reshape(num_seeds, 1, 2))
+    for of_seed in np.random.default_rng(0).normal(size=(100, 2)):  # no prompt differs from another
+        frontier = Frontier((1.0,), np.zeros((2, 1, 2)), np.repeat(of_seed, 2).reshape(2, 1, 2))
         drawn.append(resampled(lambda points: points[0][1][0], [frontier], num_resamples=100).var())
-    assert np.mean(drawn) == pytest.approx(1 / num_seeds, rel=rel)
-    low, high = bootstrap_interval(np.repeat(of_seed[0], 400).reshape(num_seeds, 400), level=0.6827)
-    assert (high - low) / 2 == pytest.approx((of_seed[0].var(ddof=1) / num_seeds) ** 0.5, rel=0.6)
+    assert np.mean(drawn) == pytest.approx(1 / 2, rel=0.3)
 
 
-@pytest.mark.parametrize("values", [[1.0], [[[1.0, 2.0]]], [[1.0], [2.0]], [1.0, float("nan")]])
+@pytest.mark.parametrize("values", [[[[1.0, 2.0]]], [[1.0], [2.0]], [1.0, float("nan")]])
 def test_values_without_an_interval_are_refused(values):
     with pytest.raises(ValueError, match="bootstrap_interval: expected at least 2 finite values.*Average samples first"):
         bootstrap_interval(values)
@@ -86,26 +69,23 @@ def test_values_without_an_interval_are_refused(values):
 # samples
 
 
-def test_variance_components_are_found_again_where_they_are_known_and_foretell_the_variance_of_the_mean():
+def test_variance_components_are_found_again_where_they_are_known():
     rng = np.random.default_rng(0)
     true = {"seed": 0.5, "prompt": 3.0, "both": 1.0, "sample": 7.0}
+    shapes = {"seed": (4, 1, 1), "prompt": (1, 30, 1), "both": (4, 30, 1), "sample": (4, 30, 3)}
 
-    def drawn(shape):
-        num_seeds, num_prompts, _ = shape
-        parts = {"seed": (num_seeds, 1, 1), "prompt": (1, num_prompts, 1), "both": (num_seeds, num_prompts, 1), "sample": shape}
-        return sum(true[key] ** 0.5 * rng.normal(size=each) for key, each in parts.items())
+    def drawn():
+        return sum(true[key] ** 0.5 * rng.normal(size=shape) for key, shape in shapes.items())
 
-    found = [variance_components(drawn((4, 30, 3))) for _ in range(400)]
+    found = [variance_components(drawn()) for _ in range(400)]
     for key, value in true.items():
         values = [each[key] for each in found]
         assert np.mean(values) == pytest.approx(value, abs=4 * np.std(values) / 400**0.5)
-    means = [drawn((4, 30, 3)).mean() for _ in range(2000)]
-    assert np.var(means) == pytest.approx(0.5 / 4 + 3 / 30 + 1 / 120 + 7 / 360, rel=0.15)
     with pytest.raises(ValueError, match="variance_components: expected .S, N, K. values"):
         variance_components(np.ones((3, 4)))
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 5])
+@pytest.mark.parametrize("n", [1, 4])
 def test_best_of_n_is_the_mean_over_all_choices_of_n_samples(n):
     scores = np.array([[3.0, 1.0, 4.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0, 7.0]])
     expected = [np.mean([max(each) for each in itertools.combinations(row, n)]) for row in scores.tolist()]
@@ -116,11 +96,8 @@ def test_best_of_n_is_the_mean_over_all_choices_of_n_samples(n):
         for row, of in zip(scores, judge, strict=True)
     ]
     assert best_of(scores, n, by=judge) == pytest.approx(np.mean(chosen, axis=1))
-
-
-def test_best_of_more_samples_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="best_of: expected n from 1 to the 2 samples, got 3"):
-        best_of([1.0, 2.0], 3)
+    with pytest.raises(ValueError, match="best_of: expected n from 1 to the 5 samples, got 6"):
+        best_of(scores, 6)
 
 
 def test_the_tilt_of_samples_is_the_exact_optimum_where_each_response_was_sampled_as_often_as_it_is_likely():
@@ -148,11 +125,11 @@ def test_holm_multiplies_the_smallest_p_value_by_the_number_of_comparisons_the_n
 
 
 def test_calibration_by_hand():
-    # confidences .55 (right), .45 -> .55 (wrong), .95 (right), 1 (right), .96 (right)
-    rows, error = calibration([0.55, 0.45, 0.95, 1.0, 0.96], num_bins=5)
-    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 3)]
-    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.97])
-    assert error == pytest.approx((2 * 0.05 + 3 * 0.03) / 5)
+    # confidences .55 (right), .45 -> .55 (wrong), .85 (right), .95 (right), 1 (right), .96 (right)
+    rows, error = calibration([0.55, 0.45, 0.85, 0.95, 1.0, 0.96], num_bins=5)
+    assert [(row["right"], row["pairs"]) for row in rows] == [(0.5, 2), (1.0, 1), (1.0, 3)]
+    assert [row["confidence"] for row in rows] == pytest.approx([0.55, 0.85, 0.97])
+    assert error == pytest.approx((2 * 0.05 + 0.15 + 3 * 0.03) / 6)
 
 
 # frontiers
@@ -169,37 +146,22 @@ def flat(heights, *, num_seeds=3, num_prompts=20, noise=0.0) -> Frontier:
 
 def test_the_pareto_set_on_hand_made_points():
     assert pareto_set([1, 2, 3], [1, 3, 2]).tolist() == [True, True, False]
-    assert pareto_set([2, 1, 2], [2, 2, 3]).tolist() == [False, True, True]  # a smaller KL; a higher score
     assert pareto_set([1, 1], [1, 1]).tolist() == [True, True]  # equal points do not beat each other
     assert pareto_set([2, 2], [1, 2]).tolist() == [False, True]  # equal in KL alone
 
 
 @pytest.mark.parametrize(
-    "one, other, height",
+    "one, other, within, height",
     [
-        (([2, 0], [2, 0]), ([0, 2], [0, 0]), 1),  # a triangle; the order of points does not matter
-        (([0, 4], [1, 1]), ([1, 3, 9], [0, 0, 50]), 1 - (50 / 6 * 1) / 2 / 3),  # over [1, 4], where the other rises from 3 on
-        (([0, 1, 2], [0, 1, 0]), ([0, 2], [0, 0]), 0.5),
-        (([0, 2], [1, -1]), ([0, 2], [-1, 1]), 0),  # they cross
-        (([0, 1], [9, 9]), ([2, 3], [0, 0]), math.nan),
-        (([1], [9]), ([0, 3], [0, 0]), math.nan),
+        (([2, 0], [2, 0]), ([0, 2], [0, 0]), (0, 9), 1),  # a triangle; the order of points does not matter
+        (([0, 4], [1, 1]), ([1, 3, 9], [0, 0, 50]), (0, 9), 1 - 50 / 6 / 2 / 3),  # over [1, 4], where the other rises from 3 on
+        (([0, 1], [9, 9]), ([2, 3], [0, 0]), (0, 9), math.nan),
+        (([0, 4], [0, 4]), ([0, 2, 4], [0, 0, 0]), (1, 2), 1.5),
+        (([0, 4], [0, 4]), ([0, 2, 4], [0, 0, 0]), (3, 9), 3.5),
     ],
 )
-def test_the_height_between_frontiers_on_hand_made_points(one, other, height):
-    assert height_between(one, other) == pytest.approx(height, nan_ok=True)
-    assert height_between(other, one) == pytest.approx(-height, nan_ok=True)
-
-
-def test_a_frontier_does_not_differ_from_itself():
-    found = height_with_interval(flat([1, 2, 2], noise=2.0), flat([1, 2, 2], noise=2.0))
-    assert (found["height"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
-    assert p_value(0.5, [0.5, 0.5]) == 0
-
-
-def test_a_height_within_a_part_of_the_range_is_that_of_the_parts():
-    one, other = ([0, 4], [0, 4]), ([0, 2, 4], [0, 0, 0])
-    assert height_between(one, other) == 2 and height_between(one, other, within=(1.0, 2.0)) == 1.5
-    assert height_between(one, other, within=(3.0, 9.0)) == 3.5 and math.isnan(height_between(one, other, within=(4.0, 9.0)))
+def test_the_height_between_frontiers_on_hand_made_points(one, other, within, height):
+    assert height_between(one, other, within=within) == pytest.approx(height, nan_ok=True)
 
 
 def test_noise_that_two_frontiers_share_cancels_in_the_interval_of_their_height():
@@ -209,16 +171,9 @@ def test_noise_that_two_frontiers_share_cancels_in_the_interval_of_their_height(
     kl, other_kl = high.points()[0], low.points()[0]
     assert found["kl_low"] == max(kl.min(), other_kl.min()) < found["kl_high"] == min(kl.max(), other_kl.max())
     assert found["seeds"] == pytest.approx([0.5] * 3)
-    scores = resampled(lambda points: points[0][1][0], [low], num_resamples=200)
-    assert scores.std() > 0.2  # while a single point moves
-
-
-def test_resamples_draw_seeds_and_prompts_and_are_reproducible():
-    kl = np.zeros((2, 1, 2))
-    score = np.array([[[0.0, 1.0]], [[10.0, 11.0]]])
-    values = resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400)
-    assert set(values) == {0, 0.5, 1, 10, 10.5, 11}  # one of the two seeds, two of the two prompts
-    assert np.array_equal(values, resampled(lambda points: points[0][1][0], [Frontier((1.0,), kl, score)], num_resamples=400))
+    assert resampled(lambda points: points[0][1][0], [low], num_resamples=200).std() > 0.2  # while a single point moves
+    equal = height_with_interval(low, low)
+    assert (equal["height"], equal["low"], equal["high"], equal["p"]) == (0, 0, 0, 1)
 
 
 def test_policies_of_one_beta_are_compared_by_score_wherever_their_kl_is():
@@ -231,22 +186,19 @@ def test_policies_of_one_beta_are_compared_by_score_wherever_their_kl_is():
     paired = score[:, 0] - score[:, 1]
     assert found["height"] == pytest.approx(paired.mean()) and found["seeds"] == pytest.approx(list(paired.mean(1)))
     assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(paired), abs=0.03)
-    with pytest.raises(ValueError, match="expected one of the betas"):
-        frontier.at(0.2)
 
 
 def test_frontier_rows_hold_every_point_with_its_interval():
     rows = frontier_rows({"one": flat([1, 2], noise=1.0), "two": flat([3])})
     assert [(row["method"], row["beta"], row["kl"]) for row in rows] == [("one", 1.0, 1), ("one", 0.5, 2), ("two", 1.0, 1)]
-    for row in rows:
-        assert row["score_low"] <= row["score"] <= row["score_high"] and row["kl_low"] == row["kl_high"] == row["kl"]
+    assert all(row["score_low"] <= row["score"] <= row["score_high"] for row in rows)
     assert rows[0]["score_high"] - rows[0]["score_low"] > 0.3 and rows[2]["score_low"] == 3
 
 
 # what experiments make of it
 
 
-def test_run_frontier_has_a_value_for_each_seed_beta_and_prompt_and_takes_records_by_seed(quick):
+def test_run_frontiers_have_a_value_for_each_seed_beta_and_prompt_and_take_records_by_seed(quick):
     preset = replace(quick, sft=replace(quick.sft, steps=4), checkpoint_seconds=1e9)
     sfts = [experiments.run_sft(preset, seed=seed) for seed in (0, 1)]
     num_prompts = len(load_split(quick.data)[2])
@@ -261,12 +213,10 @@ def test_run_frontier_has_a_value_for_each_seed_beta_and_prompt_and_takes_record
             one = experiments.run_win_rate(experiments.run_preference(sft, **settings))
             assert np.array_equal(found["DPO"].kl[i, j], one.column("kl"))
             assert np.array_equal(found["DPO"].score[i, j], one.column("win"))
-    alone = experiments.run_frontier(sfts, **of_dpo)
-    assert np.array_equal(alone.kl, found["DPO"].kl) and alone.stages == found["DPO"].stages
-    assert experiments.run_frontiers(sfts, {}) == {}
     best = experiments.run_frontier(sfts, method="sft", best_only=True)
-    assert best.kl.shape == (2, 1, num_prompts) and best.kl.mean() > 1e-3
-    assert not any(each.run.preset.sft_all_responses for each in best.stages)
+    k1 = [each.column("kl_k1").mean() for each in best.stages]  # of the policy from the reference, not the reverse
+    assert np.mean(k1) == pytest.approx(best.kl.mean(), abs=0.15)
+    assert best.kl.mean() > 1e-3 and not any(each.run.preset.sft_all_responses for each in best.stages)
 
 
 def test_rankings_from_samples_are_sorted_by_score_without_ties_and_count_what_is_left_out(monkeypatch):
