@@ -13,10 +13,17 @@ import torch
 
 from pdpo import models
 from pdpo.data import load_split
-from pdpo.models import load_judge, load_policy, load_tokenizer
+from pdpo.models import load_judge, load_policy, load_tokenizer, train_tokenizer
 from pdpo.presets import get_preset
 
 TINY = get_preset("tiny")
+
+
+def test_the_vocabulary_is_learnt_from_the_training_split_alone():
+    split = load_split("toy")
+    vocabulary = load_tokenizer(TINY).get_vocab()
+    for records, same in ((split[0], True), (split[0] + split[2], False)):
+        assert (train_tokenizer(records, vocab_size=TINY.vocab_size).get_vocab() == vocabulary) == same
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,9 @@ def test_a_judge_with_other_weights_than_the_official_ones_is_refused(packaged, 
         load_judge(TINY)
 
 
-def test_a_judge_may_be_a_folder(packaged):
+def test_a_judge_may_be_a_folder_and_stays_in_memory_until_another_is_asked_for(packaged, tmp_path):
     judge = load_judge(replace(TINY, judge=str(packaged)))
     assert judge.cache_file is None and judge.embed(["a"]).shape == (1, 384)
+    assert load_judge(replace(TINY, judge=str(packaged), num_samples=2)) is judge
+    assert load_judge(replace(TINY, judge=str(packaged)), cache_dir=tmp_path) is not judge
+    assert load_judge(TINY) is not load_judge(replace(TINY, judge=str(packaged)))
