@@ -1,6 +1,7 @@
 """Thirty notebooks such as a class hands in, made from the solutions by breaking them; which of their tasks are right is known."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -9,7 +10,7 @@ import nbformat
 
 from pdpo.exercises import tasks
 
-SOLUTIONS = Path(__file__).resolve().parent.parent / "notebooks" / "solutions"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 SPOILT = """
 import torch as _torch
@@ -61,52 +62,33 @@ class Handed:
     remark: str = ""
 
 
-def hand_in(
-    folder: Path, num: int = 30, *, exercises: tuple[str, ...] = (), hostile: tuple[str, ...] = tuple(CELLS)
-) -> list[Handed]:
+def hand_in(folder: Path, num: int = 30, *, exercises: tuple[str, ...] = (), hostile=tuple(CELLS)) -> list[Handed]:
     """Writes `num` notebooks: the hostile ones, one that is no notebook and one untouched stub, then solved and spoilt ones in turn."""
-    sources = {
-        path.stem[:5]: path for path in sorted(SOLUTIONS.glob("ex_*.ipynb")) if not exercises or path.stem[:5] in exercises
-    }
-    assert sources, f"no solutions in {SOLUTIONS}"
+    paths = {path.stem[:5]: path for path in sorted((NOTEBOOKS / "solutions").glob("ex_*.ipynb"))}
+    names: dict[str, list[str]] = {}
+    for name, task in tasks().items():
+        names.setdefault(task.exercise, []).append(name)
+    exercises = exercises or tuple(paths)
+    turn, handed = cycle(exercises), [Handed("no_notebook", frozenset(), frozenset(), "no notebook that can be read")]
     folder.mkdir(parents=True)
-    handed, turn = [], cycle(sources)
-    for kind in hostile:
-        exercise = next(turn)
-        source, remark, last_is_right = CELLS[kind]
-        names = _names(exercise)
-        right = names if last_is_right else names[:-1] if last_is_right is False else []
-        source = source.replace("{name}", names[-1])
-        _write(folder, sources[exercise], f"{exercise}_{kind}", names[-1], source)
-        handed.append(Handed(f"{exercise}_{kind}", frozenset(right), frozenset(names), remark.replace("{name}", names[-1])))
     (folder / "no_notebook.ipynb").write_text("{", encoding="utf-8")
-    handed.append(Handed("no_notebook", frozenset(), frozenset(), "no notebook that can be read"))
+
+    def write(exercise: str, kind: str, source: str = "", remark: str = "", last_is_right: bool | None = True) -> None:
+        notebook, last = nbformat.read(paths[exercise], as_version=4), names[exercise][-1]
+        number = next(i for i, cell in enumerate(notebook.cells) if re.search(rf"(?m)^def {last}\(", cell.source))
+        notebook.cells.insert(number + 1, nbformat.v4.new_code_cell(source.replace("{name}", last)))
+        nbformat.write(notebook, folder / f"{exercise}_{kind}.ipynb")
+        right = {True: names[exercise], False: names[exercise][:-1], None: []}[last_is_right]
+        remark = remark.replace("{name}", last)
+        handed.append(Handed(f"{exercise}_{kind}", frozenset(right), frozenset(names[exercise]), remark))
+
+    for kind in hostile:
+        write(next(turn), kind, *CELLS[kind])
     exercise = next(turn)
-    _write(folder, sources[exercise], f"{exercise}_untouched", stubs=True)
-    handed.append(Handed(f"{exercise}_untouched", frozenset(), frozenset(_names(exercise))))
+    shutil.copy(NOTEBOOKS / "exercises" / paths[exercise].name, folder / f"{exercise}_untouched.ipynb")
+    handed.append(Handed(f"{exercise}_untouched", frozenset(), frozenset(names[exercise])))
     for number in range(num - len(handed)):
-        exercise = list(sources)[number // 2 % len(sources)]
-        names, name = _names(exercise), f"{exercise}_student_{number}"
         spoilt = number % 2 == 1
-        _write(folder, sources[exercise], name, names[-1], SPOILT.replace("{name}", names[-1]) if spoilt else "")
-        handed.append(Handed(name, frozenset(names[:-1] if spoilt else names), frozenset(names)))
+        exercise = exercises[number // 2 % len(exercises)]
+        write(exercise, f"student_{number}", SPOILT if spoilt else "", last_is_right=not spoilt)
     return handed
-
-
-def _names(exercise: str) -> list[str]:
-    return [name for name, task in tasks().items() if task.exercise == exercise]
-
-
-def _write(folder: Path, solution: Path, name: str, after: str = "", source: str = "", *, stubs: bool = False) -> None:
-    notebook = nbformat.read(solution, as_version=4)
-    if source:
-        number = next(i for i, cell in enumerate(notebook.cells) if re.search(rf"(?m)^def {after}\(", cell.source))
-        notebook.cells.insert(number + 1, nbformat.v4.new_code_cell(source))
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-            if stubs:
-                cell.source = re.sub(
-                    r"(?ms)^( +)# solution\n.*?# end", r"\1raise NotImplementedError('your turn')", cell.source
-                )
-    nbformat.write(notebook, folder / f"{name}.ipynb")

@@ -31,19 +31,17 @@ def after_a_failure(sources: list[str]) -> dict:
     return space
 
 
-def claims(path) -> list[str]:
-    """The cells that check something and then say it in words."""
-    checked = [source for source in code_of(path) if "assert " in source and re.search(r"^ *print\(", source, re.MULTILINE)]
-    return [source for source in checked if 'preset.data == "toy"' in source]
-
-
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_no_claim_is_printed_whose_data_is_missing(path, capsys):
-    found = claims(path)
-    assert found
-    for source in found:
+def test_claims_are_said_to_be_the_toys_and_none_is_printed_whose_data_is_missing(path, capsys):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert "What the text says of results it says of the toy (preset `tiny`)" in first.replace("\n", " ")
+    sources = code_of(path)
+    claims = [each for each in sources if "assert " in each and re.search(r"^ *print\(", each, re.MULTILINE)]
+    claims = [each for each in claims if 'preset.data == "toy"' in each]
+    assert claims
+    for source in claims:
         with contextlib.suppress(Exception):  # whatever comes first: it is not there
-            exec(source, after_a_failure(code_of(path)))
+            exec(source, after_a_failure(sources))
         assert not capsys.readouterr().out, source
 
 
@@ -55,20 +53,13 @@ def test_where_the_data_is_not_the_toy_the_first_output_says_what_the_prose_is_a
     assert "tells of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_says_that_its_results_are_the_toys(path):
-    first = nbformat.read(path, as_version=4).cells[0].source
-    assert "What the text says of results it says of the toy (preset `tiny`)" in first.replace("\n", " ")
-
-
-def test_the_first_notebook_stays_on_the_toy_unless_told_otherwise(monkeypatch, capsys):
+def test_the_first_notebook_stays_on_the_toy_unless_told_otherwise(monkeypatch):
     """Also where there is a GPU, on which the others take the larger preset."""
     (source,) = [source for source in code_of(CHAPTERS[0]) if "experiments.start(" in source]
     chosen = []
     monkeypatch.setattr(experiments, "start", lambda preset=None: chosen.append(preset))
-    for given in (None, "small"):
-        monkeypatch.delenv("PDPO_PRESET", raising=False)
-        if given:
-            monkeypatch.setenv("PDPO_PRESET", given)
-        exec(source, {"experiments": experiments, "os": os})
-    assert chosen == ["tiny", "small"]
+    monkeypatch.setenv("PDPO_PRESET", "small")
+    exec(source, {"experiments": experiments, "os": os})
+    monkeypatch.delenv("PDPO_PRESET")
+    exec(source, {"experiments": experiments, "os": os})
+    assert chosen == ["small", "tiny"]

@@ -10,7 +10,6 @@ into docs/teaching.md. A check that cannot be run (a file of theirs is missing) 
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -22,19 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lookalikes_a
+import lookalikes_b
+
 from pdpo import dpo_loss
 
 
 def look_alikes(task: str) -> dict[str, Callable]:
-    """By the words that our check answers with, from every tests/lookalikes_*.py."""
-    found = {}
-    for path in sorted(Path(__file__).resolve().parent.parent.glob("lookalikes_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        each = module.LOOKALIKES.get(task, {})
-        found |= each if isinstance(each, dict) else {function.__name__: function for function in each}
-    return found
+    """By the words that our check answers with."""
+    return next(each.LOOKALIKES[task] for each in (lookalikes_a, lookalikes_b) if task in each.LOOKALIKES)
 
 
 def right(pc, pr, rc, rr, beta):

@@ -74,32 +74,9 @@ def ours(policy, reference, pairs, *, loss=dpo_loss, means=False, **arguments):
     return policy_logps, loss(*policy_logps.chunk(2), *reference_logps.chunk(2), **arguments)
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_the_first_step_that_trl_logs_has_our_loss_rewards_logps_and_gradient_norm(tmp_path, beta):
-    trainer = trl_trainer(tmp_path, beta=beta)
-    policy, reference = random_gpt2(0), random_gpt2(1)
-    logps, result = ours(policy, reference, PAIRS, beta=beta)
-    result.losses.mean().backward()
-    mine = {
-        "loss": result.losses.mean(),
-        "rewards/chosen": result.chosen_rewards.mean(),
-        "rewards/rejected": result.rejected_rewards.mean(),
-        "rewards/margins": result.margins.mean(),
-        "rewards/accuracies": (result.margins > 0).float().mean(),
-        "logps/chosen": logps[:3].mean(),
-        "logps/rejected": logps[3:].mean(),
-        "grad_norm": torch.stack([p.grad.norm() for p in policy.parameters()]).norm(),
-    }
-    trainer.train()
-    theirs = trainer.state.log_history[0]
-    for name, value in mine.items():
-        print(f"beta {beta} {name:20} trl {theirs[name]:.7f} pdpo {value.item():.7f}")
-        assert value.item() == pytest.approx(float(theirs[name]), rel=2e-5, abs=1e-6), name
-
-
-@pytest.mark.parametrize("row", range(3))
 @pytest.mark.parametrize(
-    "loss_type, label_smoothing", [("sigmoid", 0.0), ("ipo", 0.0), ("aot", 0.1), ("aot", 0.4), ("robust", 0.2)]
+    "row, loss_type, label_smoothing",
+    [(0, "sigmoid", 0.0), (1, "ipo", 0.0), (2, "aot", 0.1), (0, "aot", 0.4), (1, "robust", 0.2)],
 )
 def test_each_pair_has_trls_loss_and_gradient(tmp_path, row, loss_type, label_smoothing):
     # TRL 1.16 has label smoothing as such in "aot" only, which on one pair has nothing to sort: our dpo_loss. "robust" is
@@ -119,7 +96,6 @@ def test_each_pair_has_trls_loss_and_gradient(tmp_path, row, loss_type, label_sm
     else:
         loss = ours(policy, random_gpt2(1), PAIRS[row : row + 1], beta=0.3, label_smoothing=label_smoothing)[1].losses
     loss.sum().backward()
-    print(f"{loss_type} {label_smoothing} pair {row}: trl {theirs.item():.7f} pdpo {loss.item():.7f}")
     torch.testing.assert_close(loss.sum(), theirs, rtol=1e-5, atol=1e-6)
     for mine, his in zip(policy.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, his.grad, rtol=1e-4, atol=1e-5)
@@ -165,7 +141,6 @@ def test_kto_has_trls_loss_and_gradient_with_its_mismatched_responses(tmp_path):
     _, result = ours(policy, reference, PAIRS, loss=kto, beta=0.3)
     loss = result.losses.mean() / 2  # over responses, not pairs
     loss.backward()
-    print(f"kto: kl {kl:.4f}, trl {theirs.item():.7f} pdpo {loss.item():.7f}")
     assert kl > 0
     torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
     for mine, his in zip(policy.parameters(), trainer.model.parameters(), strict=True):

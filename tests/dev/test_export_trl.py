@@ -5,7 +5,6 @@ How to run it: as tests/dev/test_against_trl.py, with filelock and tqdm installe
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,13 +95,6 @@ def test_every_pair_that_trl_tokenises_is_ours(exported, preset, monkeypatch):
 
 def test_trl_takes_our_steps(exported, ours):
     theirs = trl_history(exported)
-    print(f"\n{'step':>4} {'lr':>10} {'lr trl':>10} {'loss':>11} {'loss trl':>11} {'grad_norm':>10} {'grad trl':>10}")
-    for i in [0, 1, 2, 3, 4, 5, 10, 20, 40, 59]:
-        one, other = ours[i], theirs[i]
-        print(
-            f"{one['step']:4d} {one['lr']:10.4e} {other['learning_rate']:10.4e} {one['loss']:11.7f} {other['loss']:11.7f} "
-            f"{one['grad_norm']:10.6f} {other['grad_norm']:10.6f}"
-        )
     compared = WARMUP + 1  # the loss of step n is of the weights that the rates of the n - 1 steps before it made
     for name, mine in NAMES.items():
         for one, other in list(zip(theirs, ours, strict=True))[: WARMUP if name == "learning_rate" else compared]:
@@ -118,21 +110,3 @@ def test_accelerate_takes_the_same_steps_with_the_batch_in_parts(exported, ours)
     for one, other in zip(theirs, ours, strict=False):
         for name in ("loss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4), (name, other["step"])
-
-
-@pytest.mark.parametrize("mutation", ["order", "pair", "text"])
-def test_other_data_would_be_noticed(exported, ours, tmp_path, mutation):
-    folder = tmp_path / "mutated"
-    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("trained"))
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    if mutation == "order":
-        rows = rows[::-1]
-    elif mutation == "pair":  # one pair of the first batch, turned round
-        rows[0] |= {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
-    else:  # the template's last line break
-        rows = [row | {"prompt": row["prompt"].rstrip()} for row in rows]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    theirs = trl_history(folder, steps=2)
-    difference = abs(theirs[1]["loss"] / ours[1]["loss"] - 1)
-    print(f"\n{mutation}: the loss of step 2 is off by {difference:.1e}")
-    assert difference > 1e-3
