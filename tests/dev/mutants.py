@@ -196,7 +196,7 @@ MUTANTS = [Mutant(*each) for each in (
     ("calibration: bins weigh alike", "calibration", 'row["pairs"] * abs(', "abs(", "evaluation statistics experiments"),
     # experiments and stages
     ("stage key: ignores the ingredients", "run_stage", "key = _digest(config)[:10]", "key = _digest({})[:10]", "experiments"),
-    ("stage key: ignores the code", "run_stage", "code_version(build)", '""', "experiments"),
+    ("stage key: ignores the code", "run_stage", "code_version(build)", '""', "reach"),
     ("preference key: ignores the data", "run_preference", '"data": fingerprint(records + held_out_records)', '"data": ""', "experiments"),
     ("preference key: ignores the SFT stage", "run_preference", '"sft": sft.path.name', '"sft": ""', "experiments"),
     ("preference: alpha 0 is the preset's", "run_preference", '{"seed": sft.seed} | changes', '{"seed": sft.seed} | {key: value for key, value in changes.items() if value}', "experiments"),
