@@ -104,13 +104,17 @@ def test_odpo_with_alpha_zero_is_dpo_bit_for_bit(quick):
     assert same_weights(dpo, odpo) and dpo.history == odpo.history
 
 
-def test_run_preference_trains_on_the_records_and_with_the_hyperparameters_that_it_is_given(quick, trained):
-    made = pdpo.pairs(pdpo.load_split(quick.data)[0], num_per_prompt=quick.pairs_per_prompt)
-    default = run_dpo(quick)
-    assert run_dpo(quick, records=made).path == default.path
-    fewer = run_dpo(quick, records=made[:9], steps=3, optimizer="sgd", max_grad_norm=2.0)
-    assert fewer.path != default.path and fewer.history[-1]["epoch"] == 3 * 8 / 9 and len(fewer.history) == 4
-    assert fewer.train == replace(quick.preference, steps=3, optimizer="sgd", max_grad_norm=2.0)
+def test_run_preference_trains_on_the_records_and_with_the_hyperparameters_that_it_is_given(quick):
+    sft = run_sft(quick, seed=1)
+    made = pdpo.pairs(pdpo.load_split(quick.data)[0], num_per_prompt=quick.pairs_per_prompt, seed=1)
+    default, same = (run_preference(sft, method="dpo", beta=0.1, **records) for records in ({}, {"records": made}))
+    assert same.path == default.path
+    changes = {"steps": 3, "optimizer": "sgd", "max_grad_norm": 2.0}
+    for records in (made[:9], made[9:18]):
+        fewer = run_preference(sft, method="dpo", beta=0.1, records=records, **changes)
+        assert fewer.path != default.path and fewer.history[-1]["epoch"] == 3 * 8 / 9 and len(fewer.history) == 4
+        assert fewer.history[1]["loss"] == pytest.approx(np.log(2), abs=1e-5)  # with the reference's numbers of these rows
+    assert fewer.train == replace(quick.preference, seed=1, **changes)
 
 
 # the reward model
@@ -231,3 +235,4 @@ def test_the_judge_sees_the_first_samples_of_a_prompt_and_the_kl_can_be_taken_fr
     other = run_win_rate(best, reference=sft)
     assert [row["text"] for row in other.rows] == [row["text"] for row in found.rows]
     assert (found.column("kl") == 0).all() and (other.column("kl") > 0).all()
+    assert other.column("kl_k1").mean() > 0  # of the samples' own policy from the reference, not the other way round
