@@ -35,7 +35,6 @@ LONGEST = "claims gpt2_medium stages gpu_benchmark trust exercises derivations d
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)
     if hasattr(config.option, "loadscopereorder"):  # else xdist begins with the files of many tests, not with the long ones
         config.option.loadscopereorder = False
 
@@ -224,3 +223,13 @@ def same_weights(one, other) -> bool:
     """Whether two runs ended with the same bits."""
     weights, others = one.load_policy().state_dict(), other.load_policy().state_dict()
     return all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that `python -m pdpo` prints where its input is bad."""
+    from pdpo.__main__ import main
+
+    assert main(list(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line

@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import worker
@@ -35,47 +36,29 @@ def prepared(name: str):
 def run_case(name: str, checkpoint: Path | None = None) -> dict:
     """History, weights, steps taken, the reference's numbers, and what is measured on fewer rows than there are processes."""
     policy, rows, config = prepared(name)
-    fastest, train_step, steps = training.fastest_logps, training.train_step, []
-    if "padded" in name:
-        training.fastest_logps = lambda policy, rows: policy_logps
-    training.train_step = lambda *arguments, **options: steps.append(1) or train_step(*arguments, **options)
-    try:
+    fastest = (lambda policy, rows: policy_logps) if "padded" in name else training.fastest_logps
+    counted = mock.patch.object(training, "train_step", side_effect=training.train_step)
+    with mock.patch.object(training, "fastest_logps", fastest), counted as train_step:
         history = train(
             policy, rows, config, held_out=rows[:5], show_progress=False,
             measure=lambda policy: {"eval_measured_by": rank()}, checkpoint=checkpoint, checkpoint_seconds=0.0,
         )  # fmt: skip
-    finally:
-        training.fastest_logps, training.train_step = fastest, train_step
     return {
         "history": history,
         "weights": policy.state_dict(),
         "reference": [list(row.reference_logps) for row in rows if row.reference_logps],
         "one_row": evaluate_rows(policy, rows[5:6], config),
-        "steps": len(steps),
+        "steps": train_step.call_count,
     }
 
 
-def refused(config_changes: dict) -> str:
-    """The error that train ends in."""
+def refused(**changes) -> str:
+    """The error that train ends in with these changes of its config."""
     policy, rows, config = prepared("dpo")
     try:
-        train(policy, rows, replace(config, **config_changes), show_progress=False)
+        train(policy, rows, replace(config, **changes), show_progress=False)
     except ValueError as error:
         return str(error)
-    return ""
-
-
-def out_of_memory() -> str:
-    row_losses = training.row_losses
-
-    def too_large(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    training.row_losses = too_large
-    try:
-        return refused({})
-    finally:
-        training.row_losses = row_losses
 
 
 def stage_steps() -> list[str]:
@@ -122,6 +105,7 @@ def main(environment: dict[str, str], task: str, folder: Path) -> None:
         results = {name: run_case(name) for name in CASES}
         results["resumed"] = run_case("dpo", folder / "checkpoint.pt")
         results["stage"] = stage_steps()
-        results["batch of one row"] = refused({"batch_size": 1})
-        results["out of memory"] = out_of_memory()
+        results["batch of one row"] = refused(batch_size=1)
+        with mock.patch.object(training, "row_losses", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+            results["out of memory"] = refused()
         torch.save(results, folder / f"{launch_rank()}.pt")

@@ -1,4 +1,4 @@
-"""Small stages for tests, also in processes of their own (`main`, through the fixture `forked`)."""
+"""Small stages for tests, also in processes of their own (through the fixture `forked`)."""
 
 import json
 import os
@@ -85,19 +85,8 @@ def beat(*, file: str):
         time.sleep(0.02)
 
 
-def announce_steps() -> None:
-    step = training.train_step
-
-    def announced(*arguments, **options):
-        record = step(*arguments, **options)
-        print("step", flush=True)
-        sys.stdin.readline()
-        return record
-
-    training.train_step = announced
-
-
-def wait_at(barrier: Path) -> None:
+def train_after(barrier: Path, preset: Preset) -> None:
+    """Makes the SFT stage and prints its path; when training begins, appends a line to `barrier` and waits for `barrier.go`."""
     train = making.train
 
     def waiting(*arguments, **options):
@@ -108,20 +97,7 @@ def wait_at(barrier: Path) -> None:
         return train(*arguments, **options)
 
     making.train = waiting
-
-
-def main(folder: Path, *, announce: bool = False, barrier: Path | None = None) -> None:
-    """Makes the SFT stage of `preset(folder)` and prints its path.
-
-    Args:
-        announce: print a line after each step and wait for one on standard input before the next.
-        barrier: a file to append a line to when training begins, and then to wait for `barrier.go`.
-    """
-    if announce:
-        announce_steps()
-    if barrier:
-        wait_at(barrier)
-    print(experiments.run_sft(preset(folder)).path, flush=True)
+    print(experiments.run_sft(preset).path, flush=True)
 
 
 def command(*arguments: str) -> None:

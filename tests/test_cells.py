@@ -1,40 +1,36 @@
-"""What a cell shows: of a result one line, or a small table with a curve; of work that goes on a line that is gone at its end."""
+"""What a cell shows: of a result one line, or a small table with a curve; of work that goes on a line that is gone at its end.
+
+That line in a terminal: drawn where a pass takes long, gone when it ends; and how long a run will take."""
 
 import re
+import sys
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
 import nbformat
-import numpy as np
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
 import pdpo
-from pdpo.cells import card, cell_line, curve, in_notebook, log_lines, progress_file
+from pdpo import progress as module
+from pdpo.cells import card, curve, in_notebook, log_lines, progress_file
 from pdpo.experiments import run_frontier, run_preference, run_reward_model, run_sft, run_win_rate
-from pdpo.files import read_json
+from pdpo.progress import progress
 from pdpo.runner import stray
-
-
-def is_one_line(text: str) -> bool:
-    return "\n" not in text and 20 < len(text) < 200
 
 
 def test_what_stages_give_and_data_are_one_line_each(quick):
     sft = run_sft(quick)
     dpo = run_preference(sft, method="dpo", beta=0.1)
-    wins, frontier = run_win_rate(dpo), run_frontier([sft], method="dpo", betas=(0.1, 0.3))
-    records = pdpo.load_split("toy")
-    for shown in (sft, dpo, wins, frontier, run_reward_model(sft), *records, pdpo.pairs(records[0]), records[0][0]):
-        assert is_one_line(repr(shown)), repr(shown)
+    wins, frontier, records = run_win_rate(dpo), run_frontier([sft], method="dpo", betas=(0.1, 0.3)), pdpo.load_split("toy")
     long = pdpo.Preference("a prompt " * 99, ("one\ntwo " * 99, "three " * 99))
-    assert is_one_line(repr(long))
+    for shown in (sft, dpo, wins, frontier, run_reward_model(sft), *records, pdpo.pairs(records[0]), records[0][0], long):
+        assert "\n" not in repr(shown) and 20 < len(repr(shown)) < 200
     kl = dpo.history[-1]["eval_kl"]
     assert repr(dpo) == f"<Run dpo beta=0.1 seed=0: 6 steps, KL {kl:.3g} nats>" and repr(sft) == "<Run sft seed=0: 12 steps>"
     assert repr(records[0]).startswith("<803 preferences, the first: <Preference ")
     assert f"win {wins.column('win').mean():.3g}" in repr(wins) and "0.1, 0.3" in repr(frontier)
-    assert records[0] == list(records[0]) and type(pdpo.load_preferences("toy")[:2]) is list  # still a list
 
 
 def test_a_run_in_a_cell_shows_its_settings_losses_kl_minutes_and_a_curve(quick):
@@ -44,24 +40,17 @@ def test_a_run_in_a_cell_shows_its_settings_losses_kl_minutes_and_a_curve(quick)
     values = dict(re.findall(r"<th[^>]*>(.*?)</th><td>(.*?)</td>", html))
     assert (values["method"], values["beta"], values["seed"], values["steps"]) == ("dpo", "0.1", "1", "6")
     assert values["held-out loss"] == f"{losses[0]:.3f} to {losses[-1]:.3f}" != "0.000 to 0.000"
-    assert values["training loss"].endswith(f"to {dpo.history[-1]['loss']:.3f}")
     assert values["KL from the reference"] == f"{dpo.history[-1]['eval_kl']:.3g} nats a response"
-    assert float(values["minutes"]) == pytest.approx(read_json(dpo.path / "stage.json")["environment"]["minutes"], rel=0.1)
-    points = re.search(r"points='([^']*)'", html)[1].split()
-    assert len(points) == len(losses)
-    ET.fromstring(html)  # well formed
-    assert "KL" not in run_sft(quick, seed=1)._repr_html_()
-    for other in (run_win_rate(dpo), run_reward_model(dpo.sft)):
-        ET.fromstring(other._repr_html_())
+    assert len(re.search(r"points='([^']*)'", html)[1].split()) == len(losses)
+    for each in (dpo, dpo.sft, run_win_rate(dpo), run_reward_model(dpo.sft)):
+        ET.fromstring(each._repr_html_())  # well formed
 
 
 def test_a_curve_falls_where_its_values_fall_and_is_none_for_one_point():
     drawn = curve([0, 50, 100], [3.0, 2.0, 1.0], label="loss <b>", width=108, height=58)
-    points = np.array([each.split(",") for each in re.search(r"points='([^']*)'", drawn)[1].split()], dtype=float)
-    np.testing.assert_allclose(points, [[4, 4], [54, 29], [104, 54]])  # from the upper left: y grows downwards
-    assert "loss &lt;b&gt;: 3 to 1" in drawn
+    assert "points='4.0,4.0 54.0,29.0 104.0,54.0'" in drawn  # from the upper left: y grows downwards
+    assert "loss &lt;b&gt;: 3 to 1" in drawn and "&lt;i&gt;" in card("<i>", {"a": "b"})
     assert curve([1], [2.0], label="loss") == "" and "polyline" in curve([1, 2], [2.0, 2.0], label="flat")
-    assert "&lt;i&gt;" in card("<i>", {"a": "b"})
 
 
 # progress
@@ -107,26 +96,9 @@ def test_a_process_that_has_ipykernel_but_no_cell_is_no_notebook(monkeypatch, ca
 
 
 def test_where_ipywidgets_is_missing_no_red_warning_is_the_first_output(monkeypatch):
-    source = "import sys\nsys.modules['ipywidgets'] = None\n{}import transformers, tqdm.auto\nprint('imported')"
-    ((output,),) = executed(monkeypatch, source.format("import pdpo\n"))
+    source = "import sys\nsys.modules['ipywidgets'] = None\nimport pdpo\nimport transformers, tqdm.auto\nprint('imported')"
+    ((output,),) = executed(monkeypatch, source)
     assert output.text == "imported\n"
-    ((red, *_),) = executed(monkeypatch, "import sys\nsys.modules['ipywidgets'] = None\nimport tqdm.auto")
-    assert "IProgress" in red.text  # else this test guards nothing
-
-
-def test_a_cell_line_is_one_output_that_is_drawn_over(monkeypatch):
-    shown = []
-    monkeypatch.setattr("pdpo.cells._lines", {})
-
-    class Handle:
-        def update(self, data, raw):
-            shown.append(data["text/plain"])
-
-    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(("new", data["text/html"])) or Handle())
-    write = cell_line
-    for text in ("\r", "\rone <b>", "\rtwo", "\r    ", "\r"):
-        write(text)
-    assert shown == [("new", "<pre style='margin:0'>one &lt;b&gt;</pre>"), "two", "", ""]
 
 
 def test_a_log_gets_whole_lines_and_few_of_them(capsys, monkeypatch):
@@ -144,3 +116,55 @@ def test_only_progress_may_stand_on_stderr():
     assert stray(bars) == "" and stray("") == ""
     assert stray(bars + "\nTqdmWarning: IProgress not found.") == "TqdmWarning: IProgress not found."
     assert stray("warnings.warn(\n") and stray("50% of [a list]\n")
+
+
+# how far a pass is
+
+
+@pytest.fixture
+def drawn(monkeypatch, capsys):
+    """What is drawn where passes count as long from the start."""
+    monkeypatch.setattr(module, "DELAY", 0.0)
+    monkeypatch.setattr(module, "progress_file", lambda: sys.stderr)  # as on a terminal
+    return lambda: capsys.readouterr().err
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """A clock on which every item takes an hour."""
+    now = iter(range(0, 10**6, 3600))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+
+
+def test_a_short_pass_and_one_of_another_process_draw_nothing(capsys, monkeypatch):
+    assert list(progress([3, 4], "counting")) == [3, 4]
+    monkeypatch.setattr(module, "DELAY", 0.0)
+    assert list(progress([3, 4], "counting", hidden=True)) == [3, 4]
+    assert list(progress([3], "counting")) == [3]
+    monkeypatch.setattr(module, "launch_rank", lambda: 1)
+    assert list(progress([3, 4], "counting")) == [3, 4]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_long_pass_is_drawn_before_its_first_item_ends_and_leaves_an_empty_line(drawn):
+    seen = ""
+    for _ in progress(range(2, 4), "counting", done=2):
+        while "counting" not in seen:  # the timer draws it
+            seen += drawn()
+    assert "counting:  50%" in seen and " 2/4 " in seen
+    assert re.search(r"\r *\r$", drawn())
+
+
+@pytest.mark.parametrize("later, said", [(0.0, "about 180 minutes"), (7200.0, "about 300 minutes"), (None, "")])
+def test_how_long_a_run_will_take_is_said_once_and_in_a_notebook_by_the_bar_alone(hours, monkeypatch, capsys, later, said):
+    list(progress(range(2, 6), "dpo", done=2, later=later))
+    out = capsys.readouterr().out
+    assert said in out and out.count("minutes") == bool(said)
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
+    list(progress(range(2, 6), "dpo", done=2, later=later))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_training_says_how_long_it_will_take(hours, quick, capsys):
+    run_sft(quick)  # 12 steps of an hour
+    assert "sft: about 660 minutes on this machine\n" in capsys.readouterr().out

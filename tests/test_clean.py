@@ -9,9 +9,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from pdpo import kept, plots, runner
+from pdpo import kept, runner
 from pdpo.__main__ import main
-from pdpo.plots import figures_dir
 
 
 def status() -> str:
@@ -33,15 +32,6 @@ def test_a_notebook_that_draws_leaves_git_status_as_it_was(output, tmp_path):
     committed = {path.name for path in (ROOT / "figures").rglob("01_*.png")}
     assert drawn == committed and len(drawn) > 3
     assert all(name in said for name in drawn)
-
-
-def test_figures_go_to_the_runs_folder_unless_a_variable_names_another(monkeypatch, tmp_path):
-    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.delenv("PDPO_FIGURES_DIR", raising=False)
-    assert figures_dir() == tmp_path / "runs" / "figures"
-    monkeypatch.setenv("PDPO_FIGURES_DIR", str(tmp_path / "elsewhere"))
-    assert figures_dir() == tmp_path / "elsewhere"
-    assert plots.committed_figures_dir() == ROOT / "figures"
 
 
 @pytest.fixture
@@ -66,10 +56,9 @@ def test_save_alone_writes_what_git_keeps_and_minutes_are_kept_only_of_a_run_fro
 
     assert main(run) == 0
     assert said(notebooks).execution_count is None and said(tmp_path / "runs" / "notebooks").outputs[0].text == "figures: \n"
-    rows = list(csv.DictReader((tmp_path / "runs" / "figures" / table).open()))
-    assert [row["notebook"] for row in rows] == ["00_draws", "all"] and 0 < float(rows[0]["minutes"]) <= float(
-        rows[1]["minutes"]
-    )
+    first, last = csv.DictReader((tmp_path / "runs" / "figures" / table).open())
+    assert (first["notebook"], last["notebook"]) == ("00_draws", "all")
+    assert 0 < float(first["minutes"]) <= float(last["minutes"])
     (tmp_path / "runs" / "tiny" / "sft-seed0").mkdir(parents=True)
     assert main([*run, "--save"]) == 0
     assert said(notebooks).outputs[0].text == f"figures: {tmp_path / 'committed'}\n"
@@ -83,11 +72,4 @@ def test_a_run_leaves_the_later_chapters_out_unless_they_are_asked_for(notebooks
         shutil.copy(notebooks / "00_draws.ipynb", notebooks / f"{name}.ipynb")
     assert main(["run", "--preset", "tiny", "--jobs", "2", *asked]) == 0
     assert sorted(path.stem for path in (tmp_path / "runs" / "notebooks").glob("*")) == executed.split()
-
-
-def test_figures_in_the_runs_folder_are_no_stages(monkeypatch, tmp_path):
-    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path))
-    (tmp_path / "figures" / "tiny").mkdir(parents=True)
-    assert kept.kept_stages() == []
-    (tmp_path / "tiny" / "sft-seed0").mkdir(parents=True)
-    assert [each["stage"] for each in kept.kept_stages()] == ["tiny/sft-seed0"]
+    assert kept.kept_stages() == []  # what lies there are no stages

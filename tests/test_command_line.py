@@ -6,31 +6,23 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-import stages
 import transformers
+from conftest import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdpo import commands, experiments, runner
 from pdpo.__main__ import main
 from pdpo.data import load_preferences, load_split
 from pdpo.experiments import run_preference, run_sft
-from pdpo.presets import PRESETS, with_config
+from pdpo.presets import PRESETS
 from pdpo.saved import copy_run
 
-BROKEN = '{"prompt": "a", "chosen": "b"}\n'
 
-
-def refusal(capsys, *arguments: str) -> str:
-    """The one line that a command with bad input prints."""
-    assert main(list(arguments)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["runs", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
 def test_help_imports_nothing_that_takes_seconds(arguments, output):
     code = "import sys; from pdpo.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print(*sys.modules)"
     help_text, _, modules = output("-c", code, *arguments).rstrip().rpartition("\n")
@@ -38,51 +30,38 @@ def test_help_imports_nothing_that_takes_seconds(arguments, output):
     assert {"torch", "transformers", "sklearn", "scipy", "matplotlib", "numpy", "joblib"} & set(modules.split()) == set()
 
 
-def test_names_of_the_package_come_when_they_are_asked_for(output):
-    code = """if True:
-    import sys, pdpo
-    assert "torch" not in sys.modules and "pdpo.reach" in sys.modules and {*pdpo.__all__} < {*dir(pdpo)}
-    from pdpo import *
-    from pdpo.losses import dpo_loss as the_same
-    assert dpo_loss is the_same and all(getattr(pdpo, name).__name__ == name for name in pdpo.__all__)
-    print(hasattr(pdpo, "data_reports"))"""
-    assert output("-c", code) == "False\n"
-
-
 # bad input
 
 
 def test_a_malformed_file_gives_one_line_no_traceback_no_folder_and_exit_status_2(tmp_path):
     path, out = tmp_path / "broken.jsonl", tmp_path / "out"
-    path.write_text(BROKEN, encoding="utf-8")
+    path.write_text('{"prompt": "a", "chosen": "b"}\n', encoding="utf-8")
     command = [sys.executable, "-m", "pdpo", "train", "--data", str(path), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and not out.exists()
     assert done.stderr.startswith(f"error: {path}, line 1: key 'rejected'") and done.stderr.count("\n") == 1
 
 
-def test_what_a_sweep_cannot_do_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path):
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(monkeypatch, capsys, tmp_path):
     """And results never overwrite what is there; `train`: test_trust.py."""
     monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    file = tmp_path / "few.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    assert "expected enough prompts" in refusal(capsys, "sweep", "--data", str(file))
+    (tmp_path / "few.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"}]')
+    assert "expected enough prompts" in refusal(capsys, "sweep", "--data", str(tmp_path / "few.json"))
     assert "beta > 0" in refusal(capsys, "sweep", "--data", "toy", "--beta", "nan")
-    assert "got steps 0" in refusal(capsys, "sweep", "--data", "toy", "--steps", "0")
-    assert "alpha >= 0" in refusal(capsys, "sweep", "--data", "toy", "--method", "odpo", "--alpha", "-1")
-    (tmp_path / "kept").write_text("mine")
-    assert "expected a new file, got one" in refusal(capsys, "sweep", "--data", "toy", "--out", str(tmp_path / "kept"))
-    assert (tmp_path / "kept").read_text() == "mine"
+    (tmp_path / "kept_frontier.png").write_text("mine")
+    refused = refusal(capsys, "sweep", "--data", "toy", "--out", str(tmp_path / "kept.csv"))
+    assert "kept_frontier.png: expected a new file, got one" in refused
+    assert "expected --data toy" in refusal(capsys, "train", "--data", "x.json", "--method", "ppo", "--reward", "toy-gold")
+    assert "expected a folder that `train --out` wrote" in refusal(capsys, "sample", str(tmp_path), "Hello")
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refusal(capsys, "train", "--data", "toy", "--log", "tensorboard")
 
 
 # run
 
 
-def test_run_names_the_notebooks_there_are_where_one_does_not_exist(capsys):
+def test_run_names_the_notebooks_there_are_and_tells_one_from_its_continuation(tmp_path, capsys):
     assert "00_start_here" in refusal(capsys, "run", "--preset", "tiny", "--notebooks", "77")
-
-
-def test_run_tells_a_notebook_from_its_continuation(tmp_path):
     every = [tmp_path / name for name in ("04_loss.ipynb", "04b_more.ipynb", "05_next.ipynb")]
     assert [runner._find(number, every).name[:3] for number in ("04", "04b", "05")] == ["04_", "04b", "05_"]
     with pytest.raises(ValueError, match="'0' for 3 of"):
@@ -107,34 +86,6 @@ def test_run_says_which_cell_failed_and_goes_on_with_the_other_notebooks(tmp_pat
 # train and sweep
 
 
-@pytest.mark.slow
-def test_train_runs_on_the_reports_data_with_gpt2s_vocabulary(shared_data, tmp_path, monkeypatch, capsys):
-    """Real input: SFT, DPO and ODPO on `instructions` with GPT-2's vocabulary and a small GPT-2 of random weights."""
-    tokenizer = shared_data.resolve().parent / "models" / "gpt2-tokenizer"
-    if not tokenizer.is_dir():
-        pytest.skip(f"needs GPT-2's vocabulary in {tokenizer}")
-    monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.setattr(experiments, "load_judge", lambda *_, **__: stages.Judge())
-    short = replace(PRESETS["small"], num_kl_prompts=4, max_new_tokens=6, embedding=32, layers=1)
-    monkeypatch.setitem(PRESETS, "small", with_config(short, num_evaluations=1))
-    steps = ["--sft-steps", "8", "--steps", "4", "--lr", "1e-3"]
-    out = tmp_path / "out"
-    status = main(["train", "--tokenizer", str(tokenizer), "--method", "dpo", "odpo", *steps, "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert status == 0, printed
-    assert "identical 6" in printed and "no scores" in printed
-    for method in ("sft", "dpo", "odpo"):
-        line = next(line for line in printed.splitlines() if line.startswith(f"{method}: held out"))
-        before, after = (float(each) for each in line.split("loss ")[1].split(",")[0].split(" -> "))
-        assert after < before
-        row = next(line for line in printed.splitlines() if line.startswith(f"{method} ") and "->" in line)
-        assert "[" in row
-    assert "random weights" in printed and "different units" in printed
-    policy, saved = AutoModelForCausalLM.from_pretrained(out / "odpo"), AutoTokenizer.from_pretrained(out / "odpo")
-    assert policy.config.vocab_size == len(saved) == 50257
-    assert sorted(os.listdir(out)) == ["dpo", "odpo", "report.html"]
-
-
 def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_policies_that_load(
     quick, trained, tmp_path, monkeypatch, capsys
 ):
@@ -157,7 +108,7 @@ def test_train_takes_a_users_file_without_scores_by_every_method_and_leaves_poli
     assert all(f"<th>{name}</th>" in page for name in ("chosen", "sft", *methods))
 
 
-def test_train_runs_what_dpo_replaces_with_a_reward_model_that_is_trained_first_or_with_the_gold_score(
+def test_on_the_toy_what_dpo_replaces_learns_from_a_reward_model_or_from_the_gold_score_which_stands_in_the_table(
     quick, trained, tmp_path, monkeypatch, capsys
 ):
     parts = load_split("toy")
@@ -175,11 +126,11 @@ def test_train_runs_what_dpo_replaces_with_a_reward_model_that_is_trained_first_
     assert "<td>num_samples</td><td></td><td>4</td>" in page and ", gold " in printed
     assert main(options[:4] + ["ppo", "--steps", "2"]) == 0
     assert trained[3:] == ["oracle"]  # the same SFT policy; its score is another one, and so another stage is made
-    mine = tmp_path / "mine.json"
-    mine.write_text("[]")
-    assert "--reward toy-gold expected --data toy" in refusal(
-        capsys, "train", "--data", str(mine), "--method", "ppo", "--reward", "toy-gold"
-    )
+    capsys.readouterr()
+    assert main(["sweep", "--preset", "tiny", "--method", "sft"]) == 0
+    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert header == ["method", "beta", "seed", "n", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
+    assert row[0] == "sft" and 1 <= float(row[-1]) <= 10
 
 
 def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, trained, tmp_path, monkeypatch, capsys):
@@ -211,19 +162,6 @@ def test_a_sweep_makes_every_stage_once_and_prints_and_saves_one_table(quick, tr
     assert table[3] == table[8] == "" and "each method's in a unit of its own" in table[-1]
     num = len({each.prompt for each in load_split(quick.data)[2]})
     assert {line.split()[-6] for line in table[1:-1] if line} == {str(num)}  # n
-    assert "table_frontier.png: expected a new file" in refusal(
-        capsys, *options, "--out", str(tmp_path / "new" / "table_frontier.png")
-    )
-
-
-def test_on_the_toy_the_table_has_the_gold_score(quick, monkeypatch, capsys):
-    parts = load_split("toy")
-    monkeypatch.setattr(experiments, "load_split", lambda name: tuple(part[::12] for part in parts))
-    monkeypatch.setitem(PRESETS, "tiny", replace(quick, data="toy"))
-    assert main(["sweep", "--preset", "tiny", "--method", "sft"]) == 0
-    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
-    assert header == ["method", "beta", "seed", "n", "eval_loss", "kl", "win", "win_low", "win_high", "score"]
-    assert row[0] == "sft" and 1 <= float(row[-1]) <= 10
 
 
 def test_a_saved_policy_answers_as_it_was_trained_here_and_through_transformers(quick, tmp_path, monkeypatch, capsys):
@@ -246,37 +184,14 @@ def test_a_saved_policy_answers_as_it_was_trained_here_and_through_transformers(
     assert capsys.readouterr().out.splitlines() == [answer.replace("sft: ", "")]
 
 
-def test_a_folder_that_is_no_policy_of_the_kit_is_refused(tmp_path, capsys):
-    assert main(["sample", str(tmp_path), "Hello"]) == 2
-    assert "expected a folder that `train --out` wrote" in capsys.readouterr().err
-
-
 def test_the_log_for_tensorboard_holds_every_number_and_is_written_once(quick, monkeypatch, capsys):
-    written = {}
-
-    class Writer:  # as torch.utils.tensorboard's, which needs a package that few have
-        def __init__(self, folder):
-            self.rows = written.setdefault(folder, [])
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *_: None  # noqa: E731
-
-        def add_scalar(self, *row):
-            self.rows.append(row)
-
-    run = run_sft(quick)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    writer, run = mock.MagicMock(), run_sft(quick)  # for torch.utils.tensorboard's, which needs a package that few have
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     commands._tensorboard(run)
-    ((folder, rows),) = written.items()
+    (folder,) = writer.call_args.args
+    rows = [call.args for call in writer.return_value.__enter__.return_value.add_scalar.call_args_list]
     assert folder.endswith(f"tensorboard/{run.path.name}") and len(rows) == sum(map(len, run.history))
     assert ("train/loss", run.history[3]["loss"], 3) in rows and ("held_out/loss", run.history[0]["eval_loss"], 0) in rows
     os.makedirs(folder)
     commands._tensorboard(run)
-    assert len(written) == 1 and len(rows) == sum(map(len, run.history)) and "tensorboard --logdir" in capsys.readouterr().out
-
-
-def test_without_the_package_tensorboard_the_log_is_refused_before_anything_is_trained(monkeypatch, capsys):
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    monkeypatch.setattr(experiments, "run_sft", lambda *_, **__: pytest.fail("training began"))
-    assert "pip install tensorboard" in refusal(capsys, "train", "--data", "toy", "--log", "tensorboard")
+    assert writer.call_count == 1 and "tensorboard --logdir" in capsys.readouterr().out

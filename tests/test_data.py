@@ -5,33 +5,22 @@ import random
 from collections import Counter
 
 import pytest
-from malformed import GOOD, LISTED, MALFORMED, SCORED
 
-from pdpo.data import (
-    SCORED_NAMES,
-    Preference,
-    data_report,
-    fingerprint,
-    identical,
-    load_preferences,
-    load_split,
-    pairs,
-    read_scored,
-    split,
-)
-from pdpo.encoding import TEMPLATE, encode
+from pdpo import toy
+from pdpo.data import Preference, data_report, fingerprint, identical, load_preferences, load_split, pairs, read_scored, split
 from pdpo.files import SOURCES
-from pdpo.training import batch_indices
+
+GOOD = {"prompt": "Name a colour.", "chosen": "Red, gladly.", "rejected": "Dog."}
+SCORED = GOOD | {"chosen_score": 3, "rejected_score": 1.5}
+LISTED = {"prompt": "Name a colour.", "responses": ["Red, gladly.", "Blue.", "Dog."], "scores": [3, 2, 1]}
+NAN = float("nan")
 
 # reading
 
-
-def read(folder, rows, name="data.json"):
-    text = "\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows)
-    (folder / name).write_text(text, encoding="utf-8")
-    return load_preferences(folder / name)
-
-
+ASKED, ANSWER, OTHER = (
+    {"role": role, "content": text} for role, text in [("user", " Q "), ("assistant", "A"), ("assistant", "B")]
+)
+CHAT = {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [OTHER]}
 PAIR = Preference("Name a colour.", ("Red, gladly.", "Dog."))
 RANKED = ("Red, gladly.", "Blue.", "Dog.")
 SHAPES = [
@@ -44,53 +33,77 @@ SHAPES = [
     (LISTED | {"scores": [2, 2, 2]}, Preference("Name a colour.", RANKED, (2, 2, 2))),
     ({"instruction": "Add.", "input": "1 and 2", "output": "x", "chosen": "3", "rejected": "4"}, Preference("Add.\n1 and 2", ("3", "4"))),
     ({"instruction": "Sing.", "input": " ", "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
-    ({"instruction": "Sing.", "input": None, "chosen": "La", "rejected": "No"}, Preference("Sing.", ("La", "No"))),
     ({"prompt": "a", "instruction": "b", "input": "c", "chosen": "d", "rejected": "e"}, Preference("a", ("d", "e"))),
+    (CHAT, Preference("Q", ("A", "B"))),
+    ({"chosen": [ASKED, ANSWER], "rejected": [ASKED, OTHER]}, Preference("Q", ("A", "B"))),  # the prompt is what they share
+    (CHAT | {"prompt": [{"role": "system", "content": "Be brief."}, ASKED]}, Preference("system: Be brief.\nuser: Q", ("A", "B"))),
     ({"prompt": " é\n", "chosen": "\t日本 ", "rejected": " 😀\r\n"}, Preference("é", ("日本", "😀"))),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-def test_load_preferences_reads_every_shape_in_both_kinds_of_file_in_order_and_with_duplicates(tmp_path, name):
+def test_every_shape_is_read_in_both_kinds_of_file_in_order_and_with_duplicates(tmp_path):
     rows, expected = zip(*SHAPES, *SHAPES[:1], strict=True)
-    assert read(tmp_path, rows, name) == list(expected)
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert load_preferences(tmp_path / "data.json") == list(expected)
+    lines = b"\r\n\r\n".join(json.dumps(row).encode() for row in rows)  # as Windows writes them, with a byte order mark
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\r\n")
+    assert load_preferences(str(tmp_path / "data.jsonl")) == list(expected)
 
 
-def test_load_preferences_takes_a_byte_order_mark_windows_line_ends_blank_lines_and_a_path_as_text(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join([json.dumps(GOOD).encode()] * 2) + b"\r\n")
-    assert load_preferences(str(path)) == [PAIR] * 2
+def listed(*rows) -> bytes:
+    return json.dumps(rows).encode()
 
 
-@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
-def test_a_malformed_file_is_refused_by_file_row_and_key(tmp_path, case):
-    path = case.write(tmp_path)
+MALFORMED = [  # a file's name, what it holds, and what the error says
+    ("absent.json", None, "No such file"),
+    ("data.csv", b"prompt,chosen,rejected\na,b,c\n", ".jsonl"),
+    ("data.json", b"[]", "at least one row"),
+    ("data.json", b"[{'prompt': 'a'}]", "line 1 column 3"),
+    ("data.jsonl", json.dumps(GOOD).encode() + b"\n\n{", "line 3: expected JSON"),
+    ("data.json", listed(GOOD).replace(b"Dog", b"D\xf6g"), "UTF-8, got byte 70"),
+    ("data.json", json.dumps(GOOD).encode(), "list of objects, got dict"),
+    ("data.json", b"[" * 200_000, "recursion"),
+    ("data.json", b"[" + b"1" * 5000 + b"]", "4300 digits"),
+    ("data.jsonl", json.dumps(GOOD).encode() + b"\nnull", "line 2: expected an object, got NoneType"),
+    ("data.json", listed(SCORED).replace(b"1.5", b"9" * 400), "row 1: key 'rejected_score': expected a finite number"),
+]
+SECOND_ROWS = [  # after a good one
+    ("a text", "expected an object, got str"),
+    ({"prompt": "a", "chosen": "b"}, "key 'rejected': missing"),
+    (GOOD | {"chosen": " \n\t"}, "key 'chosen': expected a text that is not empty"),
+    (GOOD | {"prompt": 7}, "key 'prompt': expected a text that is not empty, got 7"),
+    (GOOD | {"rejected": "D\0g."}, "key 'rejected': expected text, got a NUL"),
+    (GOOD | {"rejected": "Dog \ud83d."}, "key 'rejected': expected text, got half of a surrogate pair"),
+    ({"instruction": "a", "input": 7, "chosen": "a", "rejected": "b"}, "key 'input': expected a text"),
+    (SCORED | {"chosen_score": NAN}, "key 'chosen_score': expected a finite number, got nan"),
+    (SCORED | {"chosen_score": True}, "key 'chosen_score': expected a finite number, got True"),
+    (SCORED | {"rejected_score": None}, "key 'rejected_score': expected a score for both"),
+    (CHAT | {"prompt": [{"role": "user"}]}, "key 'prompt': expected a list of {'role', 'content'}"),
+    (CHAT | {"prompt": [ASKED, "text"]}, "key 'prompt': expected a list of {'role', 'content'}"),
+    (CHAT | {"prompt": []}, "key 'prompt': expected a list of {'role', 'content'}"),
+    (LISTED | {"responses": ["Red."], "scores": [1]}, "expected at least 2 responses, got 1"),
+    (LISTED | {"responses": "Red."}, "key 'responses': expected a list of texts, got str"),
+    (LISTED | {"scores": [3, 1, 2]}, "key 'scores': expected responses best first"),
+    (LISTED | {"scores": [3, 2]}, "key 'scores': expected 3 scores, one a response, got 2"),
+    (LISTED | {"scores": 3}, "key 'scores': expected a list of numbers"),
+]
+MALFORMED += [("data.json", listed(GOOD, row), f"data.json, row 2: {words}") for row, words in SECOND_ROWS]
+
+
+@pytest.mark.parametrize("name, content, words", MALFORMED, ids=[words for *_, words in MALFORMED])
+def test_a_malformed_file_is_refused_by_file_row_and_key(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        load_preferences(path)
+        load_preferences(tmp_path / name)
     message = str(caught.value)
     assert type(caught.value) is ValueError and "\n" not in message and len(message) < 400
-    for word in (path.name, *case.words):
-        assert word in message, message
+    assert name in message and words in message, message
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'toy', 'instructions'.*got 'toys'"):
         load_preferences("toys")
-
-
-# records
-
-
-def test_a_record_of_two_has_a_chosen_and_a_rejected_response_and_a_longer_one_has_not():
-    record = Preference("a", ("b", "c"))
-    assert (record.chosen, record.rejected) == ("b", "c")
-    for name in ("chosen", "rejected"):
-        with pytest.raises(ValueError, match="K = 2.*got 3.*data.pairs"):
-            getattr(Preference("a", ("b", "c", "d")), name)
-
-
-def test_identical_means_one_text_in_all_places():
-    assert [identical(Preference("p", each)) for each in (("a", "a"), ("a", "b"), ("a", "a", "b"))] == [True, False, False]
 
 
 def test_fingerprint_changes_with_every_part_of_a_record():
@@ -108,7 +121,7 @@ def numbered(num: int) -> list[Preference]:
     return [Preference(f"prompt {i}", ("good", "bad")) for i in range(num)]
 
 
-def test_split_groups_by_prompt_with_duplicates_on_one_side_and_loses_nothing():
+def test_split_groups_by_prompt_loses_nothing_and_depends_on_the_seed_but_not_on_the_order():
     records = numbered(200) + [Preference(f" prompt {i} ", ("other", "bad")) for i in range(0, 200, 3)]
     parts = split(records, seed=3)
     prompts = [{record.prompt.strip() for record in part} for part in parts]
@@ -116,19 +129,15 @@ def test_split_groups_by_prompt_with_duplicates_on_one_side_and_loses_nothing():
     assert len(set.union(*prompts)) == 200
     assert Counter(record for part in parts for record in part) == Counter(records)
     assert all(part == [record for record in records if record in set(part)] for part in parts)  # in the records' order
-
-
-def test_split_of_a_prompt_depends_on_the_seed_and_not_on_the_order():
-    records = numbered(100)
-    shuffled = random.Random(0).sample(records, 100)
-    assert [set(part) for part in split(records, seed=1)] == [set(part) for part in split(shuffled, seed=1)]
-    assert set(split(records, seed=1)[2]) != set(split(records, seed=2)[2])
+    shuffled = random.Random(0).sample(records, len(records))
+    assert [set(part) for part in split(shuffled, seed=3)] == [set(part) for part in parts]
+    assert set(split(records, seed=2)[2]) != set(parts[2])
 
 
 def test_split_follows_the_fractions_refuses_what_are_none_and_leaves_no_part_empty():
-    for fractions, sizes in (((1, 0, 0), [10, 0, 0]), ((0.5, 0.5, 0), [5, 5, 0]), ((0.8, 0.1, 0.1), [8, 1, 1])):
+    for fractions, sizes in (((1, 0, 0), [10, 0, 0]), ((0.8, 0.1, 0.1), [8, 1, 1])):
         assert [len(part) for part in split(numbered(10), seed=0, fractions=fractions)] == sizes
-    for fractions in ((0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.25, -0.25), (float("nan"), 0.5, 0.5)):
+    for fractions in ((0.5, 0.5), (0.5, 0.5, 0.5), (1.5, -0.25, -0.25), (NAN, 0.5, 0.5)):
         with pytest.raises(ValueError, match="split: expected three fractions"):
             split(numbered(10), seed=0, fractions=fractions)
     with pytest.raises(ValueError, match="split: expected enough prompts.*got 5 prompts"):
@@ -136,42 +145,25 @@ def test_split_follows_the_fractions_refuses_what_are_none_and_leaves_no_part_em
 
 
 def test_load_split_drops_identical_responses(tmp_path):
-    rows = [GOOD | {"prompt": f"prompt {i}"} for i in range(40)] + [
-        GOOD | {"prompt": f"same {i}", "chosen": "Dog."} for i in range(40)
-    ]
+    rows = [GOOD | {"prompt": f"prompt {i}"} for i in range(40)]
+    rows += [GOOD | {"prompt": f"same {i}", "chosen": "Dog."} for i in range(40)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     parts = load_split(tmp_path / "data.json")
     assert [len(part) for part in parts] == [34, 2, 4] and not any(identical(record) for part in parts for record in part)
 
 
-def test_load_split_of_the_toy_is_its_own_split():
-    from pdpo import toy
-
-    records = load_preferences("toy")
-    assert all(type(record) is Preference for record in records)
-    assert [(each.prompt, each.responses, each.scores) for each in records] == [tuple(example) for example in toy.load()]
-    assert load_split("toy") == toy.split(records, seed=0)
-
-
 # pairs
 
 
-def test_pairs_are_all_better_worse_combinations_with_their_scores():
+def test_pairs_are_all_better_worse_combinations_with_their_scores_without_ties_of_a_ranking_and_one_text_twice():
     made = pairs([Preference("p", ("a", "b", "c"), (3, 2, 1)), Preference("q", ("d", "e"))])
     assert made == [
         Preference("p", ("a", "b"), (3, 2)), Preference("p", ("a", "c"), (3, 1)), Preference("p", ("b", "c"), (2, 1)),
         Preference("q", ("d", "e")),
     ]  # fmt: skip
-
-
-def test_pairs_leave_out_one_text_twice():
     assert pairs([Preference("p", ("a", "b", "a"))]) == [Preference("p", ("a", "b")), Preference("p", ("b", "a"))]
-    assert pairs([Preference("p", ("a", "a"))], num_per_prompt=1) == []
-
-
-def test_pairs_leave_out_the_ties_of_a_ranking_but_keep_a_pair_that_the_data_labels():
     made = pairs([Preference("p", ("a", "b", "c"), (2, 2, 1)), Preference("q", ("d", "e"), (1, 1))])
-    assert [pair.responses for pair in made] == [("a", "c"), ("b", "c"), ("d", "e")]
+    assert [pair.responses for pair in made] == [("a", "c"), ("b", "c"), ("d", "e")]  # the last one the data labels
 
 
 def test_drawn_pairs_are_distinct_as_many_as_asked_reproducible_and_dependent_on_the_seed():
@@ -211,40 +203,23 @@ def scored_file(folder, rows):
     return path
 
 
-def test_imdb_rows_are_gathered_by_prompt_sorted_by_score_and_what_is_odd_is_counted(tmp_path):
+def test_scored_rows_are_gathered_by_prompt_sorted_by_score_and_what_is_odd_is_counted(tmp_path):
     records, dropped = read_scored(scored_file(tmp_path, IMDB_ROWS))
     assert records == [Preference("I found it", ("superb.", ", I must say, fine.", "dull."), (1.5, 1, 0.25))]
     assert dropped == {"empty": 2, "repeated": 1, "alone": 1, "tied": 1}
-
-
-def test_tldr_rows_are_sorted_by_score_and_what_is_odd_is_counted(tmp_path):
     records, dropped = read_scored(scored_file(tmp_path, TLDR_ROWS))
     assert records == [Preference("A long post\nof two lines", ("good", "meh"), (7, 2))]
     assert dropped == {"empty": 1, "repeated": 2, "alone": 1, "tied": 1}
-
-
-def test_a_text_with_the_space_at_the_junction_and_one_without_are_the_same_tokens(any_tokenizer):
-    glued, spaced = (encode(any_tokenizer, "It was real shocking", text) for text in ("for the time", " for the time"))
-    assert glued == spaced
-    text = any_tokenizer.decode(glued.input_ids[:-1])
-    assert text == TEMPLATE.format(prompt="It was real shocking") + "for the time" and "shockingfor" not in text
 
 
 @pytest.mark.parametrize(
     "rows, words",
     [
         ([IMDB_ROWS[0], {"prompt": "p", "text": "t"}], "line 2: expected {'prompt', 'text', 'reward'}"),
-        ([IMDB_ROWS[0], ["p"]], "line 2: expected"),
         ([IMDB_ROWS[0] | {"reward": None}], "line 1: expected two texts and a finite score, got ('I found it', 'dull.', None)"),
-        ([IMDB_ROWS[0] | {"reward": float("nan")}], "line 1: expected two texts and a finite score"),
-        ([IMDB_ROWS[0] | {"text": None}], "line 1: expected two texts"),
         ([IMDB_ROWS[0] | {"prompt": 3}], "line 1: expected two texts"),
         ({"p": {"responses": ["a", "b"], "rewards": [1]}}, "prompt 'p': expected 'responses' and as many 'rewards'"),
-        ({"p": {"responses": ["a"], "rewards": 1}}, "prompt 'p': expected 'responses'"),
-        (
-            {"p": {"responses": ["a", "b"], "rewards": [1, "2"]}},
-            "prompt 'p', response 2: expected two texts and a finite score",
-        ),
+        ({"p": {"responses": ["a", "b"], "rewards": [1, "2"]}}, "prompt 'p', response 2: expected two texts and a finite"),
         ({"p": ["a"]}, "prompt 'p': expected 'responses'"),
     ],
 )
@@ -258,7 +233,7 @@ def test_malformed_scored_rows_are_refused_by_file_and_row(tmp_path, rows, words
 # the report
 
 
-def test_data_report_counts_on_hand_made_rows(tiny_tokenizer):
+def test_data_report_counts_and_measures_hand_made_rows(tiny_tokenizer):
     long, longer = "apple " * 8, "apple " * 40
     records = [
         Preference("a", ("Paris.", "Rome."), (2, 1)),
@@ -274,67 +249,40 @@ def test_data_report_counts_on_hand_made_rows(tiny_tokenizer):
         "truncated": 1, "too_long": 1, "leaked_prompts": 1,
     }  # fmt: skip
     assert {key: report[key] for key in expected} == expected
-
-
-def test_data_report_lengths(tiny_tokenizer):
-    words = [len(tiny_tokenizer("Paris." * n, add_special_tokens=False).input_ids) + 1 for n in (1, 3)]  # with EOS
-    report = data_report(
-        [Preference("a", ("Paris." * 3, "Paris.")), Preference("b", ("Paris.", "Paris." * 3))] * 2, tiny_tokenizer
-    )
-    mean = round(sum(words) / 2, 1)
-    keys = ("best_tokens", "worst_tokens", "length_gap", "best_longer")
-    assert [report[key] for key in keys] == [mean, mean, 0.0, 0.5]
-    report = data_report([Preference("a", ("Paris." * 3, "Paris."))], tiny_tokenizer)
-    assert (report["best_tokens"], report["length_gap"], report["best_longer"]) == (words[1], words[1] - words[0], 1.0)
+    short, long = (len(tiny_tokenizer("Paris." * n, add_special_tokens=False).input_ids) + 1 for n in (1, 3))  # with EOS
     prompt = tiny_tokenizer("Instruction: a\nResponse:\n", add_special_tokens=False).input_ids
-    assert report["prompt_tokens"] == len(prompt)
+    report = data_report([Preference("a", ("Paris." * 3, "Paris."))] * 2, tiny_tokenizer)
+    keys = ("prompt_tokens", "best_tokens", "worst_tokens", "length_gap", "best_longer")
+    assert [report[key] for key in keys] == [len(prompt), long, short, long - short, 1.0]
 
 
-def test_the_toys_training_split_has_nothing_to_report(tiny_tokenizer):
-    train, validation, test = load_split("toy")
-    report = data_report(train, tiny_tokenizer, held_out=validation + test)
-    keys = ("duplicate_prompts", "identical", "tied", "flipped", "truncated", "too_long", "leaked_prompts")
-    assert {report[key] for key in keys} == {0}
+# named data
 
 
-# the real file
+def test_the_toys_split_is_its_own():
+    records = load_preferences("toy")
+    assert [(each.prompt, each.responses, each.scores) for each in records] == [tuple(example) for example in toy.load()]
+    assert load_split("toy") == toy.split(records, seed=0)
 
 
-def test_instructions_has_its_known_facts_and_does_not_leak(shared_data, monkeypatch, gpt2_tokenizer):
-    monkeypatch.setenv("PDPO_DATA_DIR", str(shared_data))
-    records = load_preferences("instructions")
-    report = data_report(records, gpt2_tokenizer)
+def test_instructions_has_its_known_facts_and_does_not_leak(shared_data, gpt2_tokenizer):
+    report = data_report(load_preferences("instructions"), gpt2_tokenizer)
     expected = {"rows": 1100, "unique_prompts": 1075, "duplicate_prompts": 25, "identical": 6, "truncated": 0, "too_long": 0}
     assert {key: report[key] for key in expected} == expected
     parts = load_split("instructions")
     assert sum(map(len, parts)) == 1094
-    prompts = [{record.prompt for record in part} for part in parts]
-    assert sum(map(len, prompts)) == len(set.union(*prompts))
     assert data_report(parts[0], gpt2_tokenizer, held_out=parts[1] + parts[2])["leaked_prompts"] == 0
 
 
 @pytest.mark.parametrize(
-    "name, prompts, responses, dropped, num_pairs",
+    "name, prompts, responses, dropped",
     [
-        ("imdb", 252, 2543, {"empty": 17, "repeated": 0, "alone": 0, "tied": 0}, 11874),
-        ("tldr", 567, 4065, {"empty": 0, "repeated": 32, "alone": 3, "tied": 2}, 9954),
-        ("tldr-test", 101, 759, {"empty": 0, "repeated": 74, "alone": 0, "tied": 1}, 2024),
+        ("imdb", 252, 2543, {"empty": 17, "repeated": 0, "alone": 0, "tied": 0}),
+        ("tldr", 567, 4065, {"empty": 0, "repeated": 32, "alone": 3, "tied": 2}),
+        ("tldr-test", 101, 759, {"empty": 0, "repeated": 74, "alone": 0, "tied": 1}),
     ],
 )
-def test_the_scored_files_have_their_known_facts(shared_data, monkeypatch, name, prompts, responses, dropped, num_pairs):
-    monkeypatch.setenv("PDPO_DATA_DIR", str(shared_data))
+def test_the_scored_files_have_their_known_facts(shared_data, name, prompts, responses, dropped):
     records, counted = read_scored(shared_data / SOURCES[name][0])
     assert (len(records), sum(len(record.responses) for record in records), counted) == (prompts, responses, dropped)
     assert load_preferences(name) == records
-    made = pairs(records)
-    assert len(made) == len(set(made)) == num_pairs and all(pair.scores[0] > pair.scores[1] for pair in made)
-    prompts = [{record.prompt for record in part} for part in load_split(name)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == len(records)
-
-
-def test_all_pairs_of_the_scored_files_spread_over_batches(shared_data):
-    for name in SCORED_NAMES:
-        made = pairs(read_scored(shared_data / SOURCES[name][0])[0])
-        batches = [batch_indices(len(made), 16, seed=0, step=step) for step in range(0, len(made) // 16, 30)]
-        distinct = [len({made[i].prompt for i in batch}) for batch in batches]
-        assert sum(distinct) / len(distinct) > 13

@@ -1,15 +1,15 @@
-"""Files: downloads against servers on loopback, the pinned ones found, and writing of which nothing half-done stays behind."""
+"""Files: downloads against a server on loopback, the pinned ones found, and writing of which nothing half-done stays behind."""
 
 import hashlib
 import http.server
 import re
 import socket
-import socketserver
 import threading
+import time
 
 import pytest
 
-from pdpo import data, files
+from pdpo import files
 from pdpo.files import cache_dir, check_new_folder, download, file_sha256, locate, read_json, replacing, write_csv, write_json
 
 BODY = b"preferences " * 20_000
@@ -21,13 +21,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.requests.append(self.path)
-        if self.path == "/absent.json":
+        if self.path == "/absent":
             return self.send_error(404)
+        if self.path == "/silent":
+            time.sleep(1.0)
+        if self.path in ("/silent", "/hangs-up", "/mail"):
+            return self.wfile.write(b"220 mail.example.org ESMTP\r\n\r\n" if self.path == "/mail" else b"")
         self.send_response(200)
-        if self.path != "/unsized.json":
+        if self.path != "/unsized":
             self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()
-        self.wfile.write(BODY[:1000] if self.path == "/short.json" else BODY)
+        self.wfile.write(BODY[:1000] if self.path == "/short" else BODY)
 
     def log_message(self, *_):
         pass
@@ -49,103 +53,64 @@ def clean(monkeypatch, tmp_path):
     Handler.requests.clear()
 
 
-class Answer(socketserver.BaseRequestHandler):
-    """Sends its server's `answer` and hangs up, or, for None, says nothing."""
-
-    def handle(self):
-        self.request.recv(4096)
-        self.request.sendall(self.server.answer) if self.server.answer is not None else self.request.recv(1)
+# fetching
 
 
-def refused(url: str, folder, sha256: str = SHA256, timeout: float = 5.0) -> str:
-    """The error of a download that must fail, after checking that it left an older file as it was, alone, and how to go on."""
-    (folder / "data.json").write_text("older")
-    with pytest.raises(ValueError) as caught:
-        download(url, folder / "data.json", sha256, timeout=timeout)
-    assert [path.name for path in folder.iterdir()] == ["data.json"] and (folder / "data.json").read_text() == "older"
-    message = str(caught.value)
-    assert message.startswith(url) and "in a browser" in message and "PDPO_DATA_DIR" in message
-    return message
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "new"
-    path.mkdir()
-    return path
-
-
-@pytest.mark.parametrize("name", ["good.json", "unsized.json"])
+@pytest.mark.parametrize("name", ["good", "unsized"])
 def test_a_good_file_arrives_whole_and_alone(server, tmp_path, name):
     target = tmp_path / "deep" / "new" / "data.json"
     download(f"{server}/{name}", target, SHA256)
     assert target.read_bytes() == BODY and list(target.parent.iterdir()) == [target]
-    assert socket.getdefaulttimeout() is None
-
-
-@pytest.mark.parametrize("name, sha256", [("good.json", "0" * 64), ("short.json", SHA256)])
-def test_another_content_or_a_body_cut_short_is_not_used(server, folder, name, sha256):
-    message = refused(f"{server}/{name}", folder, sha256)
-    assert f'expected "{sha256}"' in message and "changed, or was cut short" in message and "not used" in message
-
-
-def test_a_404_and_a_dead_server(server, folder):
-    assert "the server answered 404 Not Found" in refused(f"{server}/absent.json", folder)
-    assert "cannot be reached" in refused(f"http://127.0.0.1:{unused_port()}/data.json", folder)
 
 
 @pytest.mark.parametrize(
-    "answer, words", [(None, "timed out"), (b"", "closed connection"), (b"220 mail.example.org ESMTP\r\n\r\n", "220 mail")]
+    "name, words",
+    [
+        ("another", 'expected "0{64}".*changed, or was cut short'),
+        ("short", f'expected "{SHA256}".*changed, or was cut short.*not used'),
+        ("absent", "the server answered 404 Not Found"),
+        ("silent", r"cannot be reached \(.*timed out"),
+        ("hangs-up", r"cannot be reached \(.*closed connection"),
+        ("mail", r"cannot be reached \(.*220 mail"),
+        ("dead", "cannot be reached"),
+    ],
 )
-def test_a_server_that_is_silent_hangs_up_or_speaks_another_language(folder, answer, words):
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as listener:
-        listener.answer = answer
-        threading.Thread(target=listener.serve_forever, daemon=True).start()
-        message = refused(f"http://127.0.0.1:{listener.server_address[1]}/data.json", folder, timeout=0.3)
-        listener.shutdown()
-    assert re.search(rf"cannot be reached \(.*{words}", message), message
+def test_a_download_that_fails_leaves_the_older_file_alone_and_says_how_to_go_on(server, tmp_path, name, words):
+    target = tmp_path / "folder" / "data.json"
+    target.parent.mkdir()
+    target.write_text("older")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"{dead if name == 'dead' else server}/{name}"
+    with pytest.raises(ValueError) as caught:
+        download(url, target, "0" * 64 if name == "another" else SHA256, timeout=0.5)
+    assert list(target.parent.iterdir()) == [target] and target.read_text() == "older"
+    message = str(caught.value)
+    assert message.startswith(url) and re.search(words, message), message
+    assert "in a browser and put data.json into a folder that PDPO_DATA_DIR names" in message
     assert socket.getdefaulttimeout() is None  # other sockets of this process wait as before
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, server):
     (tmp_path / "file").write_text("in the way of a folder")
     with pytest.raises(ValueError, match="cannot be written"):
-        download(f"{server}/good.json", tmp_path / "file" / "cache" / "data.json", SHA256)
+        download(f"{server}/good", tmp_path / "file" / "cache" / "data.json", SHA256)
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-# finding
-
-
-def test_locate_looks_in_the_named_folder_first_then_in_the_cache_then_downloads_once(server, tmp_path, monkeypatch):
-    url = f"{server}/good.json"
+def test_locate_looks_in_the_named_folder_first_then_in_the_cache_then_downloads_once_and_refuses_what_changed(
+    server, tmp_path, monkeypatch
+):
+    url = f"{server}/good"
     cached = locate("data.json", url, SHA256)
     assert cached == cache_dir() / "data.json" == tmp_path / "cache" / "pdpo" / "data.json"
-    assert locate("data.json", url, SHA256) == cached and Handler.requests == ["/good.json"]
     monkeypatch.setenv("PDPO_DATA_DIR", str(tmp_path))
     assert locate("data.json", url, SHA256) == cached  # not in that folder
     (tmp_path / "data.json").write_bytes(BODY)
     assert locate("data.json", url, SHA256) == tmp_path / "data.json"
-    assert Handler.requests == ["/good.json"]
-
-
-def test_a_changed_file_is_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("PDPO_DATA_DIR", str(tmp_path))
     (tmp_path / "data.json").write_bytes(BODY + b" ")
     with pytest.raises(ValueError, match=f"{tmp_path}/data.json: expected sha256 {SHA256}, got .*has changed"):
-        locate("data.json", f"{server}/good.json", SHA256)
-    assert Handler.requests == []
-
-
-def test_a_named_data_set_without_its_file_says_how_to_get_it_by_hand(monkeypatch):
-    name, _, sha256 = files.SOURCES["instructions"]
-    monkeypatch.setitem(files.SOURCES, "instructions", (name, f"http://127.0.0.1:{unused_port()}/{name}", sha256))
-    with pytest.raises(ValueError, match=f"put {name} into a folder that PDPO_DATA_DIR names"):
-        data.load_preferences("instructions")
+        locate("data.json", url, SHA256)
+    assert Handler.requests == ["/good"]
 
 
 def test_the_pinned_digests_are_those_of_the_real_files(shared_data):

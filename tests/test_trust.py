@@ -7,20 +7,24 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import psutil
 import pytest
 import stages
 import torch
-from conftest import same_weights, wait_until
+import transformers
+from conftest import refusal, same_weights, wait_until
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pdpo
 from pdpo import __main__, experiments, files, kept, making, models
 from pdpo.checkpoint import load_checkpoint, save_checkpoint
 from pdpo.files import is_whole, read_sealed, source_digest, write_sealed
-from pdpo.stages import check_large_files, runs_dir
+from pdpo.stages import check_large_files
 
 
 def flip(file: Path) -> None:
@@ -45,10 +49,9 @@ STAGES = {  # what a call gives, as something that can be compared
 
 
 @pytest.mark.parametrize("kind, file, damage", [
-    ("sft", "policy/model.safetensors", "flipped"), ("sft", "history.json", "cut"), ("sft", "policy/tokenizer.json", "deleted"),
-    ("sft", "stage.json", "flipped"), ("preference", "stage.json", "emptied"), ("preference", "history.json", "flipped"),
-    ("preference", "policy/config.json", "a folder"), ("reward model", "reward_model.json", "flipped"),
-    ("reward model", "stage.json", "deleted"), ("win rate", "rows.json", "flipped"), ("win rate", "rows.json", "cut"),
+    ("sft", "policy/model.safetensors", "flipped"), ("sft", "stage.json", "flipped"), ("sft", "policy/tokenizer.json", "deleted"),
+    ("preference", "policy/config.json", "a folder"), ("preference", "stage.json", "emptied"),
+    ("reward model", "reward_model.json", "flipped"), ("win rate", "rows.json", "cut"),
 ])  # fmt: skip
 def test_a_damaged_stage_is_set_aside_said_and_made_again(quick, capsys, kind, file, damage):
     sft = experiments.run_sft(quick)
@@ -60,14 +63,6 @@ def test_a_damaged_stage_is_set_aside_said_and_made_again(quick, capsys, kind, f
     said = capsys.readouterr().out
     assert str(path) in said and f"set aside as {path.name}.damaged1" in said and "and made again" in said
     assert path.with_name(f"{path.name}.damaged1").is_dir()
-
-
-def test_what_stands_where_a_stage_belongs_is_set_aside(quick):
-    path = experiments.run_sft(quick).path
-    shutil.rmtree(path)
-    path.write_text("a file")
-    assert experiments.run_sft(quick).path == path and path.is_dir()
-    assert path.with_name(f"{path.name}.damaged1").read_text() == "a file"
 
 
 def test_large_weights_are_checked_when_they_are_first_needed(quick, monkeypatch):
@@ -91,12 +86,11 @@ def test_damaged_reference_log_probabilities_are_computed_anew(quick, capsys):
     assert f"{first.name}.damaged1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
-def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_set_aside_and_training_begins_anew(tmp_path, capsys):
     path, state = tmp_path / "checkpoint.pt", {"policy": {"weight": torch.arange(1000.0)}, "config": {"lr": 1.0}}
     save_checkpoint(path, state)
     assert torch.equal(load_checkpoint(path, {"lr": 1.0})["policy"]["weight"], state["policy"]["weight"])
-    DAMAGES[damage](path)
+    flip(path)
     assert load_checkpoint(path, {"lr": 1.0}) is None and "set aside" in capsys.readouterr().out
     assert not path.exists() and (tmp_path / "checkpoint.pt.damaged1").exists()
 
@@ -114,18 +108,12 @@ def test_a_seal_sees_every_single_byte(tmp_path):
         assert not is_whole(file)
 
 
-def test_files_reach_the_disk_before_they_take_their_name(tmp_path, monkeypatch):
-    seen, fsync, rename = [], os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda number: seen.append("on disk") or fsync(number))
-    monkeypatch.setattr(files.os, "replace", lambda *paths: seen.append("named") or rename(*paths))
-    files.write_json(tmp_path / "a.json", 1)
-    assert seen == ["on disk", "named"]
-
-
-def test_a_stage_reaches_the_disk_before_it_takes_its_name(quick, monkeypatch):
+def test_files_and_stages_reach_the_disk_before_they_take_their_name(quick, tmp_path, monkeypatch):
     seen, fsync, rename = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.fstat(number).st_ino) or fsync(number))
     monkeypatch.setattr(os, "replace", lambda *paths: seen.append(str(paths[1])) or rename(*paths))
+    files.write_json(tmp_path / "a.json", 1)
+    assert seen == [(tmp_path / "a.json").stat().st_ino, str(tmp_path / "a.json")]
     path = experiments.run_sft(quick).path
     assert seen.index((path / "policy" / "model.safetensors").stat().st_ino) < seen.index(str(path))
 
@@ -155,38 +143,30 @@ def test_the_judges_store_confuses_no_two_texts_and_survives_damage(tmp_path, ca
 # weights and staleness
 
 
-def saved_model(folder: Path, tokenizer, **sizes) -> Path:
-    preset = replace(pdpo.presets.get_preset("tiny"), embedding=32, layers=2, heads=2, **sizes)
-    models.load_policy(preset, tokenizer=tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_model_whose_tensors_are_not_its_own_is_refused_with_their_names(tmp_path, tiny_tokenizer):
-    folder = saved_model(tmp_path / "model", tiny_tokenizer)
-    preset = replace(pdpo.presets.get_preset("tiny"), model=str(folder))
-    whole = load_file(folder / "model.safetensors")
+    preset = replace(pdpo.presets.get_preset("tiny"), embedding=32, heads=2)
+    models.load_policy(preset, tokenizer=tiny_tokenizer).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    preset = replace(preset, model=str(tmp_path))
+    whole = load_file(tmp_path / "model.safetensors")
     some = next(key for key in whole if "h.1.mlp.c_fc.weight" in key)
-    broken = {
-        "missing": {key: value for key, value in whole.items() if key != some},
-        "unexpected": whole | {"h.9.bias": torch.zeros(3)},
-        "mismatched": whole | {some: torch.zeros(3, 5)},
-    }
-    for kind, tensors in broken.items():
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for named, tensors in [
+        ("h.1.mlp.c_fc.weight", {key: value for key, value in whole.items() if key != some}),
+        ("h.9.bias", whole | {"h.9.bias": torch.zeros(3)}),
+        ("h.1.mlp.c_fc.weight", whole | {some: torch.zeros(3, 5)}),
+    ]:
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError) as caught:
             models.load_policy(preset)
-        assert ("h.9.bias" if kind == "unexpected" else "h.1.mlp.c_fc.weight") in str(caught.value), kind
-        assert "connect" not in str(caught.value)
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+        assert named in str(caught.value) and "connect" not in str(caught.value)
+    save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
     models.load_policy(preset)
     with pytest.raises(ValueError, match="at least 65 positions, the preset's context, got 64"):
         models.load_policy(replace(preset, context=65))
-    tiny_tokenizer_and_more = type("Tokenizer", (), {"__len__": lambda self: len(tiny_tokenizer) + 1})()
-    with pytest.raises(
-        ValueError, match=rf"each of the tokenizer's {len(tiny_tokenizer) + 1} tokens, got {len(tiny_tokenizer)}"
-    ):
-        models.load_policy(preset, tokenizer=tiny_tokenizer_and_more)
+    num = len(tiny_tokenizer)
+    larger = type("Tokenizer", (), {"__len__": lambda self: num + 1})()
+    with pytest.raises(ValueError, match=rf"each of the tokenizer's {num + 1} tokens, got {num}"):
+        models.load_policy(preset, tokenizer=larger)
 
 
 def test_a_folder_replaced_by_one_of_equal_size_and_time_is_another_one(tmp_path):
@@ -196,9 +176,6 @@ def test_a_folder_replaced_by_one_of_equal_size_and_time_is_another_one(tmp_path
     os.utime(tmp_path / "config.json", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     source_digest.cache_clear()  # as in a new process
     assert source_digest(str(tmp_path)) != before
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected a folder with a model's or tokenizer's files"):
-        source_digest(str(tmp_path / "empty"))
 
 
 def test_a_stage_of_another_version_is_not_taken_and_runs_says_why_and_prunes_what_is_asked_for(quick, monkeypatch, capsys):
@@ -232,13 +209,12 @@ def write_rows(path: Path, number: int = 40, **changes) -> str:
     return str(path)
 
 
+TRAIN = ["train", "--preset", "small"]
 REFUSED = [  # what a configuration refuses in test_training.py, some of it here
-    (["--beta", "1e400"], "beta"), (["--sft-steps", "-3"], "steps"), (["--steps", str(2**70)], "to 2**31 - 1"),
-    (["--out", "{file}/under/a/file"], "no folder"), (["--out", "{file}"], "expected an empty or a new folder"),
-    (["--out", "{tmp}/dangling"], "expected an empty or a new folder"), (["--data", "{tmp}/absent.jsonl"], "absent.jsonl"),
-    (["--data", "{tmp}/pipe.json"], "a pipe or a device"), (["--data", "{few}"], "at least 2 prompts to test on"),
-    (["--data", "{equal}"], "different responses"), (["--data", "{long}"], "at most 1000000 characters"),
-    (["--model", "{tmp}/empty"], "model's or tokenizer's files"),
+    (["--beta", "1e400"], "beta"), (["--steps", str(2**70)], "to 2**31 - 1"), (["--out", "{file}/under/a/file"], "no folder"),
+    (["--out", "{tmp}/dangling"], "expected an empty or a new folder"), (["--data", "{tmp}/pipe.json"], "a pipe or a device"),
+    (["--data", "{few}"], "at least 2 prompts to test on"), (["--data", "{equal}"], "different responses"),
+    (["--data", "{long}"], "at most 1000000 characters"), (["--model", "{tmp}/empty"], "model's or tokenizer's files"),
 ]  # fmt: skip
 
 
@@ -249,15 +225,12 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_trained(tmp_path, c
     places = {"tmp": tmp_path, "file": write_rows(tmp_path / "rows.jsonl")}
     places["few"] = write_rows(tmp_path / "few.jsonl", 15)
     places["equal"] = write_rows(tmp_path / "equal.jsonl", chosen="Nothing.")
-    places["long"] = write_rows(tmp_path / "long.jsonl", chosen="x" * 1_000_001, number=2) if "{long}" in arguments else ""
+    places["long"] = write_rows(tmp_path / "long.jsonl", chosen="x" * 1_000_001, number=1)
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    given = [each.format(**places) for each in arguments]
-    status = __main__.main(["train", "--preset", "small", *([] if "--data" in given else ["--data", places["file"]]), *given])
-    error = capsys.readouterr().err
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
-    assert not list((tmp_path / "runs").rglob("sft-*")) or "--model" in given
+    assert words in refusal(capsys, *TRAIN, "--data", places["file"], *(each.format(**places) for each in arguments))
+    assert not list((tmp_path / "runs").rglob("sft-*")) or "--model" in arguments
 
 
 def test_a_runs_folder_that_is_a_file_a_disk_without_room_and_a_senseless_number_of_workers_are_refused(
@@ -266,15 +239,12 @@ def test_a_runs_folder_that_is_a_file_a_disk_without_room_and_a_senseless_number
     monkeypatch.setattr(making, "train", None)
     data = write_rows(tmp_path / "rows.jsonl")
     monkeypatch.setenv("PDPO_RUNS_DIR", data)
-    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2 and "no folder" in capsys.readouterr().err
+    assert "no folder" in refusal(capsys, *TRAIN, "--data", data)
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setenv("PDPO_WORKERS", "0")
-    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2
-    assert "PDPO_WORKERS: expected a number of processes" in capsys.readouterr().err
-    monkeypatch.setenv("PDPO_WORKERS", "1")
+    assert "PDPO_WORKERS: expected a number of processes" in refusal(capsys, *TRAIN, "--data", data)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2
-    assert "GB free for what will be written, got 0.0 GB" in capsys.readouterr().err
+    assert "GB free for what will be written, got 0.0 GB" in refusal(capsys, *TRAIN, "--data", data)
 
 
 @pytest.mark.parametrize("error, words", [
@@ -282,44 +252,21 @@ def test_a_runs_folder_that_is_a_file_a_disk_without_room_and_a_senseless_number
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 12160 vs 12054"), "the disk is full"),
     (OSError(errno.EROFS, "Read-only file system", "x"), "Expected a place to write to"),
     (shutil.Error([("a", "b", "Permission denied")]), "Expected a place to write to"),
+    (ZeroDivisionError("ours"), ""),
 ])  # fmt: skip
 def test_what_the_disk_refuses_is_one_line_and_what_the_program_does_wrong_a_traceback(
     tmp_path, capsys, monkeypatch, error, words
 ):
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
-
-    def failing(*_, **__):
-        raise error
-
-    monkeypatch.setattr(experiments, "run_sft", failing)
+    monkeypatch.setattr(experiments, "run_sft", mock.Mock(side_effect=error))
     data = write_rows(tmp_path / "rows.jsonl")
-    assert __main__.main(["train", "--preset", "small", "--data", data]) == 2
-    assert words in capsys.readouterr().err
+    if words:
+        assert words in refusal(capsys, *TRAIN, "--data", data)
     with pytest.raises(type(error)):
-        __main__.main(["train", "--preset", "small", "--data", data, "--debug"])
-    error = ZeroDivisionError("ours")
-    with pytest.raises(ZeroDivisionError):
-        __main__.main(["train", "--preset", "small", "--data", data])
+        __main__.main([*TRAIN, "--data", data, *(["--debug"] if words else [])])
 
 
-def test_chat_messages_are_read_and_scores_beyond_measure_refused(tmp_path):
-    def message(role, content):
-        return {"role": role, "content": content}
-
-    asked, good, bad = message("user", " What is hot? "), message("assistant", "Fire."), message("assistant", "Ice.")
-    rows = [
-        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
-        {"chosen": [asked, good], "rejected": [asked, bad]},  # the prompt is what they share
-        {"prompt": [message("system", "Be brief."), asked], "chosen": [good], "rejected": [bad]},
-    ]
-    (tmp_path / "chat.json").write_text(json.dumps(rows))
-    plain, implicit, several = pdpo.load_preferences(tmp_path / "chat.json")
-    assert plain == implicit == pdpo.Preference("What is hot?", ("Fire.", "Ice."))
-    assert several.prompt == "system: Be brief.\nuser: What is hot?"
-    for broken in ([{"role": "user"}], [asked, "text"], []):
-        (tmp_path / "chat.json").write_text(json.dumps([rows[0] | {"prompt": broken}]))
-        with pytest.raises(ValueError, match="row 1: key 'prompt'"):
-            pdpo.load_preferences(tmp_path / "chat.json")
+def test_scores_beyond_measure_are_refused():
     with pytest.raises(ValueError, match=r"rows \[0\] have scores that are not finite, or too large"):
         pdpo.score_offset(torch.tensor([1e308], dtype=torch.float64), torch.tensor([-1e308], dtype=torch.float64))
 
@@ -327,11 +274,10 @@ def test_chat_messages_are_read_and_scores_beyond_measure_refused(tmp_path):
 # it stops
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_is_stopped_says_what_goes_on(tmp_path, forked, number):
+def test_a_command_that_is_stopped_says_what_goes_on(forked):
     process = forked(stages.command_without_end)
     assert process.stdout.readline() == "begun\n"
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
 
@@ -340,9 +286,7 @@ def test_a_command_that_is_stopped_says_what_goes_on(tmp_path, forked, number):
 def test_a_stopped_run_leaves_no_kernel_at_work(tmp_path, python):
     (tmp_path / "notebooks").mkdir()
     shutil.copytree(Path(pdpo.__file__).parent, tmp_path / "pdpo", ignore=shutil.ignore_patterns("__pycache__"))
-    cell = nbformat.v4.new_code_cell(
-        f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(600)"
-    )
+    cell = nbformat.v4.new_code_cell(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(600)")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / "01_a.ipynb")
     process = python("-P", "-m", "pdpo", "run", PYTHONPATH=str(tmp_path), PDPO_RUNS_DIR=str(tmp_path / "runs"))
     wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
@@ -352,35 +296,23 @@ def test_a_stopped_run_leaves_no_kernel_at_work(tmp_path, python):
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert runs_dir() != tmp_path / "runs"
 
 
 # any causal model
 
-
-def config_of(family: str, tokenizer):
-    """A tiny config of that family, with the ends that its models are published with."""
-    import transformers
-
-    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    more = {
-        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "eos_token_id": None},
-        "Llama": {"intermediate_size": 64, "eos_token_id": [0, 1, 2], "max_position_embeddings": 96},  # a list, as Llama 3.1's
-        "Qwen2": {"intermediate_size": 64, "num_key_value_heads": 1, "max_position_embeddings": 96},
-        "Gemma": {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "max_position_embeddings": 96},
-        "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 96},
-        "GPTNeoX": {"intermediate_size": 64, "max_position_embeddings": 96},  # Pythia
-        "Phi": {"intermediate_size": 64, "max_position_embeddings": 96},
-    }
-    return getattr(transformers, f"{family}Config")(**(small | more[family]))
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 96}
+FAMILIES = {  # with the ends that its models are published with
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96, "eos_token_id": None},
+    "Llama": SIZES | {"hidden_size": 32, "intermediate_size": 64, "eos_token_id": [0, 1, 2]},  # a list, as Llama 3.1's
+    "Gemma": SIZES | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1},
+    "OPT": SIZES | {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "GPTNeoX": SIZES | {"hidden_size": 32, "intermediate_size": 64},  # Pythia
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["GPT2", "Llama", "Qwen2", "Gemma", "OPT", "GPTNeoX", "Phi"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_another_family_is_trained_and_loads_again_and_its_bos_is_kept(tmp_path, monkeypatch, capsys, family):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     monkeypatch.setenv("PDPO_RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setattr(experiments, "load_judge", lambda *_, **__: stages.Judge())
     data = write_rows(tmp_path / "rows.jsonl", 30)
@@ -390,8 +322,9 @@ def test_a_model_of_another_family_is_trained_and_loads_again_and_its_bos_is_kep
         tokenizer.add_special_tokens({"bos_token": "<s>"})
         ends = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**ends)
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), **FAMILIES[family])
     folder = tmp_path / "model"
-    AutoModelForCausalLM.from_config(config_of(family, tokenizer)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     preset = replace(pdpo.presets.PRESETS["small"], context=96, max_new_tokens=8, num_kl_prompts=3)
     monkeypatch.setitem(pdpo.presets.PRESETS, "small", preset)
