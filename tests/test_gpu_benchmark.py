@@ -71,7 +71,7 @@ def test_the_dry_run_goes_through_every_part_and_shows_what_holds_on_a_cpu_too(t
     assert all(rows.values()) and not [row for part in rows.values() for row in part if "failed" in row]
     assert "a dry run" in page and page.count("### ") >= len(gpu.PARTS) and "no table" not in page
     here, t4 = report["full preset"]
-    assert here["where"] == "here" and t4["where"] == "T4, calculated" and t4["all, minutes"] > here["all, minutes"] > 0
+    assert here["where"] == "here" and t4["where"] == "T4, calculated" and min(each["all, minutes"] for each in (here, t4)) > 0
     fast = next(row for row in rows["agreement"] if (row["precision"], row["path"]) == ("float32", "fast"))
     assert 0 < fast["gradient, of plain float32's"] < 1e-5
     assert [row["same bits as an unbroken run"] for row in rows["checkpoint"]] == [True]

@@ -252,12 +252,15 @@ WARM = [  # at temperature 1; the first two are the paper's and this chapter's q
     ("SimPO", "SFT", JUDGES),
     ("ORPO", "SFT", JUDGES),
     ("imitation", "SFT", JUDGES),
-    ("e-DPO at 1e-3", "DPO at 1e-3", (*JUDGES, "kl")),
+    ("e-DPO at 1e-3", "DPO at 1e-3", (*JUDGES, "kl", "correct")),
     ("e-DPO at 1e-3", "DPO at 1e-3, all labels", JUDGES),
     ("e-DPO", "e-DPO of one oracle", JUDGES),
     ("e-DPO of one oracle", "DPO", JUDGES),
     ("e-DPO, pessimistic", "e-DPO", (*JUDGES, "kl")),
     ("DPO at 1e-3", "DPO", (*JUDGES, "correct")),
+    ("DPO", "SFT", ("correct",)),
+    ("DPO at 1e-3", "SFT", ("correct",)),
+    ("e-DPO", "cDPO", JUDGES),
     ("e-DPO", "SFT", ("correct", "courteous")),
     ("e-DPO at 1e-3", "SFT", ("correct", "courteous")),
     ("DRDO", "gamma 0", ("gold",)),
@@ -415,11 +418,14 @@ def steps(preset) -> dict[str, list[dict]]:
     for seeds in (PUBLISHED, NEW):
         world = World(preset, seeds)
         base = world.judged(world.sfts)
-        for name, num_steps in itertools.product(("DPO", "e-DPO", "DRDO"), (15, 30, 60)):
+        for num_steps, name in itertools.product((15, 30, 60), ("DRDO", "DPO", "e-DPO")):
             of = world.judged(world.trained(METHODS[name], steps=num_steps, num_evaluations=1))
+            if name == "DRDO":
+                drdo = of
             row = {"seeds": named(seeds), "method": name, "steps": num_steps}
             for judge in JUDGES:
                 row |= with_interval(judge, (of[judge].mean(2) - base[judge].mean(2))[:, ~is_out])
+                row |= with_interval(f"{judge}, over DRDO", (of[judge].mean(2) - drdo[judge].mean(2))[:, ~is_out])
             rows.append(row)
             print(row, flush=True)
     return {"study_steps": rows}
