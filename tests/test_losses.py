@@ -102,6 +102,12 @@ def slow_drdo(z_w, z_l, student, oracle, alpha, gamma):
     return (oracle - student) ** 2 - alpha * weight * math.log(math.exp(z_w) / (1 - math.exp(z_l)))
 
 
+def test_drdo_loss_equals_a_hand_worked_number_with_the_papers_alpha_and_gamma():
+    # pi 1/2 and 1/4: p_w = 2/3, its weight (1/3)^2; the log-unlikelihood ratio is log(2/3); differences of 1/2 and 2
+    (loss,) = drdo_loss(*rows(-LOG2, -2 * LOG2, 0.5, 0.0, 3.0, 1.0)).losses.tolist()
+    assert loss == pytest.approx(1.5**2 - 0.1 / 9 * math.log(2 / 3))
+
+
 def test_drdo_loss_equals_a_slow_loop_and_reports_the_students_scores():
     z_w, z_l, *scores = -normal(6).abs(), -normal(6, seed=1).abs(), *(normal(6, seed=seed) for seed in range(2, 6))
     result = drdo_loss(z_w, z_l, *scores, alpha=0.7, gamma=1.5)
@@ -121,6 +127,7 @@ def test_all_gradients_are_those_of_finite_differences():
         (logps, lambda *each: reward_distillation_loss(*each, scores[0], beta=0.3).losses),
         (logps[:2] + scores[:2], lambda *each: drdo_loss(*each, *scores[2:], alpha=0.7, gamma=1.5).losses),
         (logps[:2], lambda *each: orpo_loss(*each, weight=0.7).losses),
+        (logps[:2], lambda *each: simpo_loss(*each, scale=2.0, offset=0.5).losses),
         (logps, lambda *each: kto_loss(*each, torch.tensor(0.4).double(), beta=0.3).losses),
     ):
         assert torch.autograd.gradcheck(loss, [each.requires_grad_() for each in inputs])
@@ -179,6 +186,8 @@ def test_score_offset_equals_hand_worked_numbers_without_a_gradient_and_takes_in
     scores = [each.requires_grad_() for each in rows(chosen, rejected)]
     offset = score_offset(*scores, alpha=0.5, scale=scale)
     assert offset.shape == (1,) and offset.item() == pytest.approx(0.5 * f, abs=1e-12) and not offset.requires_grad
+    if scale == "log":  # which is the default, with alpha 1
+        torch.testing.assert_close(score_offset(*scores), 2 * offset)
     if chosen != 2.5:
         whole = score_offset(*(each.long() for each in scores), alpha=0.5, scale=scale)
         torch.testing.assert_close(whole, offset, check_dtype=False)

@@ -3,13 +3,12 @@
     python tests/dev/noisy_studies.py claims primary temperatures steps splits sizes grids lengths variants      # into figures/tiny
 
 claims: the notebook's verdicts on its own seeds and on five that chose nothing (10_claims.csv). primary: DRDO over DPO on twenty
-such seeds (10_primary.csv). temperatures: DRDO's meetings with the others at four temperatures (the paper's Table 2; study_wins.csv), and
-what each gains there (Fig. 3; study_advantage.csv). steps:
-what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b; study_steps.csv). splits: the
-meetings of students of easy and of hard pairs (Table 1; study_splits.csv). sizes: Table 2 for students half and twice as wide
-(study_student_sizes.csv). grids: DPO on the paper's betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv).
-lengths: IPO on sums and on means per token (study_ipo_lengths.csv). variants: other forms of DRDO's second term
-(study_drdo_variants.csv). These, the steps and the splits, too, are on both sets of seeds. What was trained is kept; a study's
+such seeds (10_primary.csv). temperatures: DRDO against the others at four temperatures (the paper's Table 2; study_wins.csv), and
+what each gains there (Fig. 3; study_advantage.csv). sizes: Table 2 for students half and twice as wide (study_student_sizes.csv).
+On both sets of seeds: steps, what DPO, e-DPO and DRDO gain over SFT in runs of 15 to 60 steps, all at the rate 2e-4 (Fig. 4b;
+study_steps.csv); splits, DRDO against the others on easy and on hard pairs (Table 1; study_splits.csv); grids, DPO on the paper's
+betas and DRDO on its alphas and gammas (Appendix D; study_noisy_grids.csv); lengths, IPO on sums and on means per token
+(study_ipo_lengths.csv); variants, other forms of DRDO's second term (study_drdo_variants.csv). What was trained is kept; a study's
 last line names its minutes.
 """
 
@@ -343,12 +342,12 @@ def _wins(ours: dict, theirs: dict, some) -> dict:
 
 
 def splits(preset) -> dict[str, list[dict]]:
-    """Table 1: DRDO's meetings by the half that is trained on. e-DPO learns from the one oracle that DRDO learns from, which has seen
-    this half alone; the judge is the oracle of all pairs."""
+    """Table 1: DRDO's wins by what is trained on, easy or hard pairs. e-DPO learns from the one oracle that DRDO learns from, which has
+    seen these pairs alone; the judge is the oracle of all."""
     met = []
     for seeds, split in itertools.product((PUBLISHED, NEW), ("easy", "hard")):
         world = World(preset, seeds, num_oracles=1)
-        of_split = World(preset, seeds, keep=halves(seeds, easy=split == "easy"), num_oracles=1)
+        of_split = World(preset, seeds, keep=easy_or_hard(seeds, easy=split == "easy"), num_oracles=1)
         runs = {name: of_split.trained(METHODS[name], num_evaluations=1) for name in ("DPO", "e-DPO", "DRDO")}
         of = {name: world.judged(of_name) for name, of_name in runs.items()}
         for other in ("DPO", "e-DPO"):
@@ -399,7 +398,7 @@ def named(seeds: tuple[int, ...]) -> str:
     return f"{seeds[0]} to {seeds[-1]}"
 
 
-def halves(seeds, *, easy: bool) -> list[np.ndarray]:
+def easy_or_hard(seeds, *, easy: bool) -> list[np.ndarray]:
     """For each seed, (pairs,) whether confidence and edit distance both lie above (easy), or both at or below, their medians."""
     words = [[text.split() for text in pair.responses] for pair in pairs(learnt)]
     distance = np.array([1 - SequenceMatcher(None, *both, autojunk=False).ratio() for both in words])
